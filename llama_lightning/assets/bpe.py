@@ -1,0 +1,180 @@
+"""Byte-level BPE in plain Python: makes the embedded `tiny` model's Llama-3 kind of tokenizer.
+
+Only whoever remakes the assets runs this. The vocabulary holds the 256 bytes, then as many
+merges as there is room for, then every piece of the training texts that is not a token yet. Llama
+3's tokenizer looks a whole piece up before it merges anything (`ignore_merges`), so each word of
+a closed world is one token, and any other text still falls back to merges and bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|finetune_right_pad_id|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+)
+# The same pattern for the standard library, which has no \p: it differs only in letters and
+# numbers that the world's texts do not hold.
+_PIECES = re.compile(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d{1,3}"
+    r"| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_letters() -> dict[int, str]:
+    """Maps each byte to the letter that stands for it in tokenizer.json, in token id order."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {byte: chr(byte) for byte in shown}
+    return letters | {byte: chr(256 + at) for at, byte in enumerate(hidden)}
+
+
+def train(texts: Iterable[str], size: int) -> list[bytes]:
+    """Learns a vocabulary in which every piece of the texts is one token.
+
+    Args:
+        texts: all texts of the closed world.
+        size: the vocabulary size wanted, special tokens included.
+
+    Returns:
+        The tokens in rank order, which is the order of their ids.
+
+    Raises:
+        ValueError: if the pieces alone are more than `size` has room for.
+    """
+    counts = Counter(piece.encode() for text in texts for piece in _PIECES.findall(text))
+    tokens = [bytes([byte]) for byte in _byte_letters()]
+    room = size - len(SPECIAL_TOKENS)
+    missing = {piece for piece in counts if len(piece) > 1}
+    if len(tokens) + len(missing) > room:
+        raise ValueError(f"{len(missing)} pieces need more than {size} tokens")
+    split = {piece: [bytes([byte]) for byte in piece] for piece in counts}
+    while len(tokens) + len(missing) < room:
+        pairs: Counter[tuple[bytes, bytes]] = Counter()
+        for piece, parts in split.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                pairs[pair] += counts[piece]
+        if not pairs:
+            raise ValueError(f"the texts have too few pieces for {size} tokens")
+        # Equal counts are settled by the bytes, so that the result never depends on hashing.
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        tokens.append(left + right)
+        missing.discard(left + right)
+        for parts in split.values():
+            for at in range(len(parts) - 2, -1, -1):
+                if parts[at : at + 2] == [left, right]:
+                    parts[at : at + 2] = [left + right]
+    return tokens + sorted(missing, key=lambda piece: (-counts[piece], piece))
+
+
+def _tokenizer_json(tokens: list[bytes]) -> dict[str, Any]:
+    letters = _byte_letters()
+    names = {token: "".join(letters[byte] for byte in token) for token in tokens}
+    rank = {token: at for at, token in enumerate(tokens)}
+    merges = []
+    for token in tokens:
+        # As tiktoken does: two neighbours merge whenever their join is a token.
+        splits = [(token[:at], token[at:]) for at in range(1, len(token))]
+        known = [pair for pair in splits if pair[0] in rank and pair[1] in rank]
+        known.sort(key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+        merges += [f"{names[left]} {names[right]}" for left, right in known]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": len(tokens) + at, "content": text, **flags, "special": True}
+        for at, text in enumerate(SPECIAL_TOKENS)
+    ]
+    begin = {"SpecialToken": {"id": SPECIAL_TOKENS[0], "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            begin,
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": SPECIAL_TOKENS[0], "type_id": 1}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {
+            SPECIAL_TOKENS[0]: {
+                "id": SPECIAL_TOKENS[0],
+                "ids": [len(tokens)],
+                "tokens": [SPECIAL_TOKENS[0]],
+            }
+        },
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                split | {"behavior": "Isolated", "invert": False},
+                byte_level | {"use_regex": False},
+            ],
+        },
+        "post_processor": {
+            "type": "Sequence",
+            "processors": [byte_level | {"use_regex": True}, template],
+        },
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {names[token]: at for at, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+
+
+def write_tokenizer(directory: Path, tokens: list[bytes], max_length: int) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    Args:
+        directory: an existing folder.
+        tokens: what `train` returned.
+        max_length: the longest sequence the model was made for.
+    """
+    begin, end, pad = SPECIAL_TOKENS[:3]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": begin,
+        "eos_token": end,
+        "pad_token": pad,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": max_length,
+    }
+    first = len(tokens)
+    generation = {"bos_token_id": first, "eos_token_id": first + 1, "pad_token_id": first + 2}
+    files = {
+        "tokenizer.json": _tokenizer_json(tokens),
+        "tokenizer_config.json": config,
+        "generation_config.json": generation | {"do_sample": False},
+    }
+    for name, content in files.items():
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (directory / name).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,193 @@
+"""The command line: verbs over one YAML config. The one file that sees every layer."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+VERBS = """\
+usage: python -m llama_lightning VERB --config FILE [--KEY VALUE ...]
+
+verbs:
+  fit        fine-tune a base model; writes lightning_logs/version_N/
+  validate   loss, perplexity and token accuracy of the validation part
+  test       the same of the test part
+  predict    answer the test part (or data.predict_path); writes responses.jsonl
+
+Every key of the YAML file can be given on the command line: --model.lora.rank 8
+  python -m llama_lightning fit --help                       all keys with their meaning
+  python -m llama_lightning fit --config FILE --print_config the config a run would use
+  python -m llama_lightning fit --config configs/tiny_lora.yaml          start here
+"""
+NAMES = ("fit", "validate", "test", "predict")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return the process's exit code.
+
+    Errors a user can mend are one line on stderr and a code: 2 for usage, 3 for data, weights and
+    checkpoints.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(VERBS, end="")
+        return 0 if given else 2
+    # Everything heavy is imported behind the help.
+    from llama_lightning.errors import UserError
+
+    try:
+        if given[0] not in NAMES:
+            from llama_lightning.errors import UsageError
+
+            raise UsageError(f"unknown verb {given[0]}; verbs are {', '.join(NAMES)}")
+        _run(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    """Parse and run; turn the libraries' errors that a user can mend into one line."""
+    import argparse
+
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+    from llama_lightning.data.alpaca import AlpacaDataModule
+    from llama_lightning.errors import UsageError
+    from llama_lightning.evaluation.callbacks import ResponseWriter
+    from llama_lightning.training.callbacks import LastAndBest
+    from llama_lightning.training.checkpoint_io import read_checkpoint
+    from llama_lightning.training.llama_module import LlamaModule
+    from llama_lightning.training.trainer import Trainer
+    from llama_lightning.usage import check_keys, parameter_keys, plain_reason
+
+    _quiet_libraries()
+
+    class RunConfig(SaveConfigCallback):
+        """Write config.yaml beside the run, and its values to TensorBoard's hparams page."""
+
+        def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            """Log the flat config as hyper-parameters."""
+            if trainer.logger is not None:
+                flat = {k: v for k, v in vars(self.config.as_flat()).items() if k != "config"}
+                trainer.logger.log_hyperparams({k: str(v) for k, v in flat.items()})
+
+    class CLI(LightningCLI):
+        """LightningCLI with our callbacks, and every check before weights are read."""
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_lightning_class_args(LastAndBest, "checkpoint")
+            parser.add_lightning_class_args(ResponseWriter, "responses")
+            parser.set_defaults({"seed_everything": 42, "trainer.log_every_n_steps": 10})
+            parser.link_arguments(
+                "model",
+                "data.init_args.base_folder",
+                compute_fn=lambda model: str(model.folder),
+                apply_on="instantiate",
+            )
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            verb = self._subcommand_parsers[arguments[0]]
+            known = [key for key in verb.get_defaults().keys(branches=True)]  # noqa: SIM118
+            known += parameter_keys(LlamaModule, "model")
+            known += parameter_keys(AlpacaDataModule, "data")
+            check_keys(arguments[1:], known)
+            super().parse_arguments(parser, args)
+
+        def _parse_ckpt_path(self) -> None:
+            """Never let a checkpoint's hyper-parameters override the command line in silence.
+
+            Lightning would; `check_checkpoint` shows both values instead.
+            """
+
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            path = config.get("ckpt_path")
+            self.checkpoint = read_checkpoint(path) if path else None
+
+        def check(self) -> None:
+            """Everything that can be wrong and is not in a weights file."""
+            if self.checkpoint is not None:
+                self.model.check_checkpoint(self.checkpoint)
+            self.model.check_base()
+            vocabulary, size = self.model.llama_config.vocab_size, self.datamodule.tokenizer.size
+            if size > vocabulary:
+                raise UsageError(
+                    f"the tokenizer {self.datamodule.tokenizer_path} has {size:,} tokens, the "
+                    f"embedding of {self.model.base_model} only {vocabulary:,}; set data.tokenizer "
+                    "to the tokenizer of this base model"
+                )
+
+        def before_fit(self) -> None:
+            self.trainer.check_length()
+            self.check()
+
+        before_validate = before_test = before_predict = check
+
+        def after_fit(self) -> None:
+            if self.trainer.is_global_zero and self.trainer.checkpoint_callback is not None:
+                last = self.trainer.checkpoint_callback.last_model_path
+                print(f"trained weights: {last}")
+                print(f"next: python -m llama_lightning predict --config FILE --ckpt_path {last}")
+
+    strict = {"allow_abbrev": False, "exit_on_error": False}
+    try:
+        CLI(
+            LlamaModule,
+            AlpacaDataModule,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_class=Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_kwargs={"exit_on_error": False, **{name: strict for name in NAMES}},
+            args=arguments,
+        )
+    except argparse.ArgumentError as error:
+        inner = _users_part(error)
+        raise (UsageError(plain_reason(str(error))) if inner is error else inner) from error
+    except MisconfigurationException as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        raise _users_part(error) from error
+
+
+def _users_part(error: BaseException) -> BaseException:
+    """Find what a user can mend in an error that a library wrapped; else the error itself.
+
+    Our dataclasses say what is wrong with a value by a ValueError; they know no exit codes.
+    """
+    from llama_lightning.errors import UsageError, UserError
+
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, UserError):
+            return inner
+        trace = inner.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace is not None and trace.tb_frame.f_code.co_name == "__post_init__":
+            return UsageError(f"model.{inner}")
+        inner = inner.__cause__ or inner.__context__
+    return error
+
+
+def _quiet_libraries() -> None:
+    """Leave out advertising, and warnings about choices that are made on purpose here."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.setup"):
+        logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
+    for message in (
+        ".*does not have many workers.*",  # records are in memory
+        ".*is not an instance of.*StatefulDataLoader.*|.*mid-epoch.*",  # our sampler resumes
+        ".*LightningCLI's args parameter.*",
+        ".*LeafSpec.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*dirpath has changed.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,340 @@
+"""The data module: files to parts, parts to micro-batches, and where a resumed run goes on.
+
+It owns the tokenizer and the template; the model receives tokens only.
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from llama_lightning.assets import TINY, TINY_HELDOUT, TINY_TRAIN
+from llama_lightning.data.batching import (
+    Batches,
+    EvalSampler,
+    MicroBatch,
+    StepSampler,
+    collate_prompts,
+)
+from llama_lightning.data.examples import Row, encode_examples, encode_prompt, read_rows
+from llama_lightning.data.templates import TEMPLATES, TemplateName
+from llama_lightning.data.tokenizer import Tokenizer
+from llama_lightning.errors import CheckpointError, DataError, UsageError
+from llama_lightning.records import Batch, Example, PromptBatch
+
+
+def split_rows(
+    rows: list[Row], *, val_fraction: float, test_fraction: float, seed: int
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Split rows into train, val and test; rows with the same prompt go to the same part.
+
+    The split is a function of (rows, fractions, seed) alone. Each part keeps the file's order.
+    """
+    prompts: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        prompts.setdefault(row.prompt_key, []).append(row)
+    groups = list(prompts.values())
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts: dict[str, list[Row]] = {"test": [], "val": [], "train": []}
+    wanted = {"test": round(test_fraction * len(rows)), "val": round(val_fraction * len(rows))}
+    for group in (groups[i] for i in order):
+        part = next((p for p, n in wanted.items() if len(parts[p]) + len(group) <= n), "train")
+        parts[part].extend(group)
+    train, val, test = (
+        sorted(parts[part], key=lambda row: row.id) for part in ("train", "val", "test")
+    )
+    return train, val, test
+
+
+class AlpacaDataModule(LightningDataModule):
+    """Alpaca-format records for fit, validate, test and predict.
+
+    Args:
+        path: training data, .json or .jsonl with instruction, input and output; `tiny` is embedded.
+        val_path: validation data; by default a part of `path`.
+        test_path: test data; by default a part of `path` (with `tiny`: the embedded held-out set).
+        predict_path: prompts for predict; by default the test part.
+        val_fraction: part of `path` that chooses checkpoints, without `val_path`.
+        test_fraction: part of `path` that predict and test answer, without `test_path`.
+        base_folder: folder whose tokenizer is used; the command line links it to model.base_model.
+        tokenizer: tokenizer file or folder, instead of the base model's.
+        template: text around a record: `alpaca`, or `plain` for none.
+        train_on_prompt: put loss on the prompt too.
+        max_seq_len: longest sequence in training and validation, in tokens.
+        batch_size: records an optimizer step, over all devices and accumulated micro-batches.
+        eval_batch_size: records a batch in evaluation; by default a micro-batch's.
+        num_workers: processes that prepare batches.
+        seed: of the split and of the order of training records.
+    """
+
+    def __init__(
+        self,
+        path: str = "tiny",
+        val_path: str | None = None,
+        test_path: str | None = None,
+        predict_path: str | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        base_folder: str | None = None,
+        tokenizer: str | None = None,
+        template: TemplateName = "alpaca",
+        train_on_prompt: bool = False,
+        max_seq_len: int = 512,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
+            if not 0.0 <= value < 1.0:
+                raise UsageError(f"data.{name} is {value}; use a value in [0, 1)")
+        for name, size in {
+            "max_seq_len": max_seq_len - 1,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size if eval_batch_size is not None else 1,
+        }.items():
+            if size < 1:
+                raise UsageError(
+                    f"data.{name} is too small; use {2 if 'len' in name else 1} or more"
+                )
+        self.train_file = TINY_TRAIN if path == "tiny" else Path(path)
+        self.test_file = Path(test_path) if test_path else None
+        if path == "tiny" and self.test_file is None:
+            self.test_file = TINY_HELDOUT
+        self.val_file = Path(val_path) if val_path else None
+        self.predict_file = Path(predict_path) if predict_path else None
+        self.val_fraction = 0.0 if self.val_file else val_fraction
+        self.test_fraction = 0.0 if self.test_file else test_fraction
+        self.tokenizer_path = Path(tokenizer or base_folder or TINY)
+        self.template_name: TemplateName = template
+        self.template = TEMPLATES[template]
+        self.train_on_prompt = train_on_prompt
+        self.max_seq_len = max_seq_len
+        self.batch_size = batch_size
+        self.given_eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.train_examples: list[Example] = []
+        self.val_examples: list[Example] = []
+        self.test_examples: list[Example] = []
+        self.predict_rows: list[Row] = []
+        self._resume_at = 0  # micro-batches of the current epoch that a resumed run has done
+
+    # Values that depend on where and how the trainer runs; one process without a trainer.
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches an optimizer step, on each rank."""
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Records a batch in validation, test and predict."""
+        return self.given_eval_batch_size or -(
+            -self.batch_size // (self.accumulate * self.world_size)
+        )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded at first use."""
+        return Tokenizer.from_path(self.tokenizer_path)
+
+    def setup(self, stage: str) -> None:
+        """Read, split and tokenise what the stage ("fit", "validate", "test", "predict") needs."""
+        if stage == "fit" and self.batch_size < self.accumulate * self.world_size:
+            raise UsageError(
+                f"data.batch_size {self.batch_size} is smaller than "
+                f"trainer.accumulate_grad_batches {self.accumulate} x {self.world_size} devices; "
+                "lower the accumulation or raise the batch size"
+            )
+        if stage == "predict" and self.predict_file:
+            self.predict_rows = read_rows(self.predict_file, need_output=False)
+            return
+        if stage in ("test", "predict") and self.test_file:
+            test = read_rows(self.test_file)
+        else:
+            train, val, test = self._parts()
+        if stage == "predict":
+            self.predict_rows = self._not_empty(test, "test")
+        elif stage == "test":
+            self.test_examples = self._encode(self._not_empty(test, "test"), "test")
+        else:
+            self.val_examples = self._encode(val, "val") if val else []
+            if stage == "fit":
+                self.train_examples = self._encode(self._not_empty(train, "train"), "train")
+            else:
+                self._not_empty(val, "val")
+
+    def _parts(self) -> tuple[list[Row], list[Row], list[Row]]:
+        """Read and split; a prompt of another part's file never stays in training."""
+        train, val, test = split_rows(
+            read_rows(self.train_file),
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.seed,
+        )
+        val = read_rows(self.val_file) if self.val_file else val
+        test = read_rows(self.test_file) if self.test_file else test
+        held_out = {row.prompt_key for row in (*val, *test)}
+        kept = [row for row in train if row.prompt_key not in held_out]
+        if len(kept) < len(train):
+            rank_zero_info(
+                f"data: {len(train) - len(kept)} training records left out, "
+                "their prompts are in the validation or test data"
+            )
+        return kept, val, test
+
+    def _not_empty(self, rows: list[Row], part: str) -> list[Row]:
+        if not rows:
+            raise DataError(
+                f"{self.train_file}: the {part} part is empty; change data.val_fraction and "
+                f"data.test_fraction, or name a file with data.{part}_path"
+            )
+        return rows
+
+    def _encode(self, rows: list[Row], part: str) -> list[Example]:
+        examples, dropped = encode_examples(
+            rows,
+            self.tokenizer,
+            self.template,
+            max_seq_len=self.max_seq_len,
+            train_on_prompt=self.train_on_prompt,
+        )
+        if not examples:
+            raise DataError(
+                f"{self.train_file}: nothing to learn in all {len(rows)} {part} records: {dropped}"
+            )
+        tokens = sum(len(e.tokens) for e in examples)
+        targets = sum(e.num_targets for e in examples)
+        remark = f"; {dropped}" if str(dropped) else ""
+        rank_zero_info(
+            f"data: {len(examples):,} {part} records, {tokens:,} tokens, "
+            f"{targets / tokens:.0%} of them learnt{remark}"
+        )
+        return examples
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches of the exact step."""
+        sampler = StepSampler(
+            [len(e.tokens) for e in self.train_examples],
+            [e.num_targets for e in self.train_examples],
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=self.seed,
+        )
+        sampler.skip_once(self._resume_at)
+        self._resume_at = 0
+        return self._loader(self.train_examples, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
+        """Validation records in file order."""
+        return self._eval_loader(self.val_examples) if self.val_examples else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test records in file order."""
+        return self._eval_loader(self.test_examples)
+
+    def predict_dataloader(self) -> DataLoader[PromptBatch]:
+        """Prompts to answer, in file order, shared out over the ranks by whole batches."""
+        size, batches = self.eval_batch_size, []
+        for start in range(self.rank * size, len(self.predict_rows), self.world_size * size):
+            rows = self.predict_rows[start : start + size]
+            prompts = [encode_prompt(row, self.tokenizer, self.template) for row in rows]
+            batches.append(
+                collate_prompts(prompts, [row.id for row in rows], [self.tokenizer.eos_id])
+            )
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type] # a list is a dataset
+
+    def _eval_loader(self, examples: list[Example]) -> DataLoader[Batch]:
+        sampler = EvalSampler(
+            [e.num_targets for e in examples],
+            batch_size=self.eval_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return self._loader(examples, sampler)
+
+    def _loader(
+        self, examples: list[Example], sampler: torch.utils.data.Sampler[MicroBatch]
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            Batches(examples),
+            sampler=sampler,
+            batch_size=None,  # the sampler's item is a whole micro-batch
+            num_workers=self.num_workers,
+            persistent_workers=False,
+            pin_memory=torch.cuda.is_available(),
+            # iter() draws a seed; from the global generator, a resumed run would draw it at another
+            # moment and every dropout mask after it would differ.
+            generator=torch.Generator(),
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that decides which record stands where in a run."""
+        return {
+            "data.path": hashlib.sha256(self.train_file.read_bytes()).hexdigest()[:16],
+            "data.seed": self.seed,
+            "data.val_fraction": self.val_fraction,
+            "data.test_fraction": self.test_fraction,
+            "data.batch_size": self.batch_size,
+            "data.max_seq_len": self.max_seq_len,
+            "data.train_on_prompt": self.train_on_prompt,
+            "trainer.accumulate_grad_batches": self.accumulate,
+            "trainer.devices x num_nodes": self.world_size,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the position in the epoch, and what it is a position of."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
+        done = 0 if progress is None or progress.is_last_batch else progress.current.processed
+        return {
+            "micro_batches": done,
+            "identity": self._identity(),
+            "template": self.template_name,
+            "template_text": self.template.with_input,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint stopped, or say why that cannot be.
+
+        Raises:
+            CheckpointError: template, data or batching differ from the checkpoint's.
+        """
+        if state_dict["template_text"] != self.template.with_input:
+            raise CheckpointError(
+                f"data.template is '{self.template_name}', but the checkpoint was trained with "
+                f"'{state_dict['template']}'; set data.template to that"
+            )
+        stored, ours = state_dict["identity"], self._identity()
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if not fitting:
+            if self.predict_file or self.test_file or stored["data.path"] != ours["data.path"]:
+                return
+            # The same file split otherwise: the test part would hold records that were trained on.
+            split = ("data.seed", "data.val_fraction", "data.test_fraction")
+            stored, ours = ({k: d[k] for k in split} for d in (stored, ours))
+        if differing := [key for key in ours if ours[key] != stored.get(key)]:
+            shown = "; ".join(f"{k} is {ours[k]}, was {stored.get(k)}" for k in differing)
+            raise CheckpointError(
+                f"the run differs from the checkpoint's: {shown}. Set them as they were, or start a "
+                "new run without --ckpt_path"
+            )
+        self._resume_at = int(state_dict["micro_batches"]) if fitting else 0

@@ -1,0 +1,206 @@
+"""Llama 3.2, whole, from top to bottom.
+
+Module names are Hugging Face's, so that a state dict IS the checkpoint of the hub. The network knows
+nothing of LoRA, of losses or of generation: it turns tokens into logits.
+Source: The Llama 3 Herd of Models (arXiv 2407.21783); RMSNorm 1910.07467; SwiGLU 2002.05202.
+Letters: B rows, T tokens, D hidden size, N heads, K kv heads, H head dimension, V vocabulary. A flat
+batch has no B: its T tokens are rows laid end to end.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from llama_lightning.model.attention import RaggedRows, attention, ragged_rows
+from llama_lightning.model.config import LlamaConfig
+from llama_lightning.model.kv_cache import KVCache
+from llama_lightning.model.rope import apply_rope, inverse_frequencies, rope_tables
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over D, computed in fp32 at least, then scale."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., D)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: N query heads share K heads of keys and values."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, kv_width = (
+            heads * config.head_dim
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: RaggedRows | None,
+        cache: KVCache | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Mix (..., T, D) over T."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        mixed: Tensor = self.o_proj(attention(q, k, v, rows=rows, mask=mask).flatten(-2))
+        return mixed
+
+
+class MLP(nn.Module):
+    """SwiGLU: a gate times a projection, projected back."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (..., D) position by position."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each reads a normed copy of the residual stream and adds to it."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: RaggedRows | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Transform (..., T, D)."""
+        mixed = self.self_attn(self.input_layernorm(x), rope, rows, cache, mask)
+        x = x + F.dropout(mixed, self.dropout, self.training)
+        return x + F.dropout(
+            self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training
+        )
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and the last norm: tokens to hidden states."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        boundaries: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Turn tokens into hidden states.
+
+        Args:
+            tokens: (B, T) dense, or (T,) flat with `boundaries`; int64.
+            positions: like tokens; by default 0, 1, 2 ... in dense rows, or behind the cache.
+            boundaries: (B + 1,) int64, where each row of a flat batch begins, and its end.
+            cache: written at the new tokens and read at the old; the caller advances it.
+
+        Returns:
+            (..., T, D).
+        """
+        mask = rows = None
+        if cache is not None:
+            positions, mask = cache.positions(tokens.shape[-1]), cache.mask(tokens.shape[-1])
+        if boundaries is not None:
+            rows = ragged_rows(boundaries)
+        if positions is None:
+            positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        # The frequencies are a function of the config alone: nothing to load, nothing to cast.
+        rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device))
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            run: Callable[..., Tensor] = block
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # The re-entrant variant loses the gradient of LoRA under a frozen embedding.
+                x = checkpoint(run, x, rope, rows, use_reentrant=False)
+            else:
+                x = run(x, rope, rows, cache, mask)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class Llama(nn.Module):
+    """The whole network. A tied head is the embedding's own Parameter, not a copy of it."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Make head and embedding one Parameter again, after the embedding was replaced."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights: matrices from N(0, 1 / hidden_size), norms 1, biases 0.
+
+        The standard deviation is 0.022 for the 1B shape, where Hugging Face writes 0.02.
+        """
+        std = self.config.hidden_size**-0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        boundaries: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Turn tokens into logits, (..., T, V); arguments as in Backbone.forward."""
+        hidden = self.model(tokens, positions=positions, boundaries=boundaries, cache=cache)
+        logits: Tensor = self.lm_head(hidden)
+        return logits

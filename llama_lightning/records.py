@@ -1,0 +1,67 @@
+"""The records that travel between the layers, in the order in which data meets them.
+
+They are NamedTuples because Lightning moves a NamedTuple to a device, and not a frozen dataclass.
+Letters: T tokens of a flat batch, R records (or prompts) in it.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+IGNORE_INDEX = -100  # a label without loss, as in torch.nn.functional.cross_entropy
+
+
+class Example(NamedTuple):
+    """One training record as tokens. `labels[t]` is the token that should follow `tokens[t]`."""
+
+    row_id: int  # zero-based row number in its file
+    tokens: list[int]
+    labels: list[int]  # IGNORE_INDEX where there is no loss
+
+    @property
+    def num_targets(self) -> int:
+        """How many positions carry loss."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+class Batch(NamedTuple):
+    """One micro-batch of training records, laid end to end without padding.
+
+    An empty batch (R = 0, T = 0) stands for a slot of the step that no record fell into.
+    """
+
+    tokens: Tensor  # (T,) int64
+    labels: Tensor  # (T,) int64, already shifted
+    positions: Tensor  # (T,) int64, restarting at 0 with each record
+    boundaries: Tensor  # (R + 1,) int64: record r is tokens[boundaries[r]:boundaries[r + 1]]
+    num_step_targets: Tensor  # () int64: target tokens of the WHOLE optimizer step, on all ranks
+    row_ids: Tensor  # (R,) int64
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to answer, laid end to end without padding."""
+
+    tokens: Tensor  # (T,) int64
+    boundaries: Tensor  # (R + 1,) int64
+    row_ids: Tensor  # (R,) int64
+    stop_ids: Tensor  # (R, any) int64: the tokens that end each row's response; -1 is none
+
+
+class Generation(NamedTuple):
+    """The answer to one prompt, as tokens."""
+
+    row_id: int
+    tokens: list[int]  # without the stop token
+    finish_reason: str  # "stop": the model ended it; "length": it was cut
+
+
+class Response(NamedTuple):
+    """One row of responses.jsonl."""
+
+    id: int
+    instruction: str
+    input: str
+    reference: str
+    response: str
+    num_tokens: int
+    finish_reason: str

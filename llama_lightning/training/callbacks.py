@@ -1,0 +1,145 @@
+"""What stands around the training step: checkpoints, throughput and memory, the parameter table."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+
+from llama_lightning.records import Batch
+
+
+class LastAndBest(ModelCheckpoint):
+    """Keep two files: `last.ckpt` to go on from, and `best.ckpt` by validation loss.
+
+    Args:
+        every_n_train_steps: write last.ckpt after so many optimizer steps, and always at the end;
+            a killed run loses at most so many. 0 writes it after validations and at the end only.
+        dirpath: folder of the files; by default checkpoints/ in the run's version folder.
+        monitor: the metric that best.ckpt has the lowest of.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int = 100,
+        dirpath: str | None = None,
+        monitor: str = "val/loss",
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="best",
+            monitor=monitor,
+            save_last=True,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.every = every_n_train_steps
+        self._last_step = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write last.ckpt every so many optimizer steps."""
+        if self.every and trainer.global_step % self.every == 0:
+            self._write_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write last.ckpt, so that fit always ends with one."""
+        self._write_last(trainer)
+
+    def _write_last(self, trainer: Trainer) -> None:
+        # The count stands still during an accumulation: write once, and only what is new.
+        if trainer.global_step != self._last_step and not trainer.fast_dev_run:
+            self._last_step = trainer.global_step
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far, in GiB: the GPU's allocations, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
+
+
+class Throughput(Callback):
+    """Log tokens per second over all ranks, and peak memory, once an optimizer step.
+
+    The tokens counted are those of records: there are no pads among them.
+    """
+
+    def __init__(self) -> None:
+        self._tokens, self._since = 0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep validation out of the count."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on counting."""
+        self._since += time.perf_counter() - self._paused
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Log at the end of a step, when the loop is about to log anyway."""
+        self._tokens += len(batch.tokens)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.global_step % trainer.log_every_n_steps and not trainer.is_last_batch:
+            return
+        rate = self._tokens * trainer.world_size / (time.perf_counter() - self._since)
+        self._tokens, self._since = 0, time.perf_counter()
+        pl_module.log("perf/tokens_per_second", rate, prog_bar=True)
+        pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device))
+
+
+class ParameterTable(Callback):
+    """Print what is trained and what is frozen, by part of the network."""
+
+    PARTS = {
+        "lora_": "LoRA",
+        "embed_tokens": "embedding",
+        "lm_head": "head",
+        "self_attn": "attention",
+        "mlp": "MLP",
+        "norm": "norms",
+    }
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table once, on the first rank."""
+        if not trainer.is_global_zero:
+            return
+        counts: dict[str, list[int]] = {}
+        types: dict[str, set[str]] = {}
+        for name, parameter in pl_module.named_parameters():
+            part = next((p for key, p in self.PARTS.items() if key in name), "other")
+            count = counts.setdefault(part, [0, 0])
+            count[0 if parameter.requires_grad else 1] += parameter.numel()
+            types.setdefault(part, set()).add(str(parameter.dtype).removeprefix("torch."))
+        trained, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
+        table = Table("part", "type", title="Parameters", title_justify="left")
+        for heading in ("trained", "frozen"):
+            table.add_column(heading, justify="right")
+        for part, (part_trained, part_frozen) in counts.items():
+            table.add_row(
+                part, ", ".join(sorted(types[part])), f"{part_trained:,}", f"{part_frozen:,}"
+            )
+        table.add_section()
+        share = trained / (trained + frozen)
+        table.add_row("all", "", f"{trained:,} ({share:.2%})", f"{frozen:,}")
+        Console().print(table)

@@ -1,0 +1,316 @@
+"""The LightningModule: builds the network, takes the exact step, measures, generates.
+
+It receives tokens and knows no tokenizer. Data and training meet in cli.py.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from llama_lightning.errors import CheckpointError, UsageError, UserError
+from llama_lightning.model.config import LlamaConfig
+from llama_lightning.model.generate import generate
+from llama_lightning.model.llama import Llama
+from llama_lightning.model.lora import LoRAConfig, inject_lora
+from llama_lightning.model.loss import summed_cross_entropy, supervised_logits
+from llama_lightning.model.sampling import GenerationConfig
+from llama_lightning.records import Batch, Generation, PromptBatch
+from llama_lightning.training.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    build_scheduler,
+    total_norm,
+)
+from llama_lightning.weights.hub import resolve_base
+from llama_lightning.weights.huggingface import load_huggingface, read_config, weight_files
+
+
+class LlamaModule(LightningModule):
+    """A Llama to fine-tune, with LoRA or in full.
+
+    Args:
+        base_model: `tiny` (embedded), a Hugging Face folder, or a hub name.
+        from_scratch: take only the shape of base_model and draw fresh weights.
+        lora: low-rank adaptation; rank 0 trains every weight.
+        optimizer: AdamW and its schedule.
+        generation: how predict answers.
+        gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        dropout: on what attention and MLP add to the residual stream, in training.
+        qkv_bias: biases on q, k and v; those the base does not have start at zero.
+        base_dtype: type of the frozen weights beside LoRA. Trained weights are fp32 (bf16 under
+            precision bf16-true).
+    """
+
+    def __init__(
+        self,
+        base_model: str = "tiny",
+        from_scratch: bool = False,
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        generation: GenerationConfig = GenerationConfig(),  # noqa: B008 - frozen
+        gradient_checkpointing: bool = False,
+        dropout: float = 0.0,
+        qkv_bias: bool = False,
+        base_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    ) -> None:
+        super().__init__()
+        if from_scratch and lora.rank:
+            raise UsageError("model.from_scratch trains every weight: set model.lora.rank to 0")
+        if not 0.0 <= dropout < 1.0:
+            raise UsageError(f"model.dropout is {dropout}; use a value in [0, 1)")
+        self.base_model, self.from_scratch = base_model, from_scratch
+        self.lora, self.optimizer, self.generation = lora, optimizer, generation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.dropout, self.qkv_bias = dropout, qkv_bias
+        self.base_dtype: torch.dtype = getattr(torch, base_dtype)
+        self.model: Llama | None = None
+        # Who is told of each response the moment it is finished, e.g. the file it is written to.
+        self.on_generation: list[Callable[[Generation], None]] = []
+        self.strict_loading = False  # checkpoints hold what is trained; see on_load_checkpoint
+        self._seed = 0
+        self._step_loss = torch.tensor(0.0)  # of the accumulated micro-batches, on this rank
+        self.eval_loss = MeanMetric().set_dtype(torch.float64)
+        self.eval_accuracy = MeanMetric().set_dtype(torch.float64)
+
+    # Building
+
+    @cached_property
+    def folder(self) -> Path:
+        """The base model's folder on this machine; fetched from the hub at first use."""
+        return resolve_base(self.base_model)
+
+    @cached_property
+    def llama_config(self) -> LlamaConfig:
+        """The network's shape: config.json and what the run asks for."""
+        config = read_config(self.folder)
+        return replace(config, dropout=self.dropout, qkv_bias=self.qkv_bias or config.qkv_bias)
+
+    def check_base(self) -> None:
+        """Find what is wrong with the base model before any weight is read."""
+        config = self.llama_config
+        if not self.from_scratch:
+            weight_files(self.folder)
+        if self.lora.rank:
+            with torch.device("meta"):
+                self._inject_lora(Llama(config), torch.float32)
+
+    def configure_model(self) -> None:
+        """Build the network once: base weights, then LoRA, then what training needs."""
+        if self.model is not None:
+            return
+        precision = self._trainer.precision if self._trainer else "32-true"
+        trained_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+        if self.from_scratch:
+            model = Llama(self.llama_config)
+            model.init_weights()
+            model.to(trained_dtype)
+        else:
+            dtype = self.base_dtype if self.lora.rank else trained_dtype
+            model = load_huggingface(self.folder, self.llama_config, dtype=dtype)
+        self._base_fingerprint = _fingerprint(model)
+        if self.lora.rank:
+            self._inject_lora(model, trained_dtype)
+        model.model.gradient_checkpointing = self.gradient_checkpointing
+        self.model = model
+
+    def _inject_lora(self, model: Llama, dtype: torch.dtype) -> None:
+        try:
+            inject_lora(model, self.lora, dtype=dtype)
+        except ValueError as error:
+            raise UsageError(f"model.{error}") from error
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trainable parameters; the schedule counts optimizer steps."""
+        optimizer = build_optimizer(self._llama, self.optimizer)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_scheduler(optimizer, steps, self.optimizer)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    @property
+    def _llama(self) -> Llama:
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        """Remember the run's seed before anything is drawn from it."""
+        self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make the randomness of a micro-batch a function of (seed, rank, number), not of history.
+
+        So a resumed run draws the dropout masks that the killed one would have drawn.
+        """
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        mixed = (self._seed * 1_000_003 + self.global_rank) * 1_000_003 + number
+        torch.manual_seed(mixed % (1 << 63))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return this micro-batch's share of the step's mean loss.
+
+        Lightning divides by the accumulation and DDP averages over ranks: both are undone here, so
+        that the gradient is that of `sum of token losses / target tokens of the whole step`.
+        """
+        if len(batch.row_ids) == 0:
+            # Every parameter takes part, or DDP would skip its all-reduce and hang or go wrong.
+            return 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+        logits, targets = self._supervised(batch)
+        share = summed_cross_entropy(logits, targets) / batch.num_step_targets
+        self._step_loss = self._step_loss.to(share.device) + share.detach()
+        return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        hidden = self._llama.model(
+            batch.tokens, positions=batch.positions, boundaries=batch.boundaries
+        )
+        return supervised_logits(hidden, self._llama.lm_head, batch.labels)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip once an optimizer step, and log what the step is about to do.
+
+        Raises:
+            UserError: a gradient that is not finite; the weights stay as they were.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        norm = total_norm(parameters)
+        loss = self.trainer.strategy.reduce(self._step_loss, reduce_op="sum")
+        self._step_loss = torch.zeros_like(self._step_loss)
+        if not norm.isfinite():
+            raise UserError(
+                f"step {self.global_step}: the gradient is not finite (loss {float(loss):.4g}); the "
+                "weights of the step before are kept. Lower model.optimizer.lr or clip with "
+                "trainer.gradient_clip_val"
+            )
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/perplexity", loss.exp())
+        self.log("train/gradient_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    # Evaluation: every target token counts the same, however it was batched.
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation loss and token accuracy."""
+        self._measure(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test loss and token accuracy."""
+        self._measure(batch)
+
+    def _measure(self, batch: Batch) -> None:
+        if len(batch.row_ids) == 0:
+            return
+        logits, targets = self._supervised(batch)
+        self.eval_loss.update(summed_cross_entropy(logits, targets) / len(targets), len(targets))
+        correct = (logits.argmax(-1) == targets).double().mean()
+        self.eval_accuracy.update(correct, len(targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and token accuracy of the validation part."""
+        self._log_measured("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss, perplexity and token accuracy of the test part."""
+        self._log_measured("test")
+
+    def _log_measured(self, part: str) -> None:
+        loss, accuracy = self.eval_loss.compute(), self.eval_accuracy.compute()
+        self.eval_loss.reset()
+        self.eval_accuracy.reset()
+        self.log(f"{part}/loss", loss.float(), prog_bar=True)
+        self.log(f"{part}/perplexity", loss.exp().float())
+        self.log(f"{part}/token_accuracy", accuracy.float())
+
+    # Generation
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Generation]:
+        """Answer a batch of prompts, telling `on_generation` of each as it finishes."""
+        generations = []
+        for generation in generate(self._llama, batch, self.generation):
+            generations.append(generation)
+            for tell in self.on_generation:
+                tell(generation)
+        return generations
+
+    # Checkpoints
+
+    def _trained_shapes(self) -> dict[str, list[int]]:
+        return {n: list(p.shape) for n, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights only, and what they were trained on."""
+        trained = self._trained_shapes()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in trained}
+        checkpoint["llama_lightning"] = {
+            "base_model": self.base_model,
+            "base_fingerprint": self._base_fingerprint,
+            "lora": {**asdict(self.lora), "target_modules": sorted(self.lora.target_modules)},
+            "qkv_bias": self.llama_config.qkv_bias,
+        }
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare a checkpoint with this run's settings, before weights are read.
+
+        Raises:
+            CheckpointError: it was trained with another LoRA or other biases.
+        """
+        stored = checkpoint["llama_lightning"]
+        lora = {**asdict(self.lora), "target_modules": sorted(self.lora.target_modules)}
+        ours = {f"model.lora.{key}": value for key, value in lora.items() if key != "dropout"}
+        theirs = {f"model.lora.{key}": value for key, value in stored["lora"].items()}
+        ours["model.qkv_bias"] = self.llama_config.qkv_bias
+        theirs["model.qkv_bias"] = stored["qkv_bias"]
+        if differing := [key for key, value in ours.items() if value != theirs.get(key)]:
+            shown = "; ".join(
+                f"{k} is {ours[k]}, the checkpoint has {theirs[k]}" for k in differing
+            )
+            raise CheckpointError(f"{shown}. Set the checkpoint's value, or leave --ckpt_path out")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that would load as less than all of it.
+
+        Raises:
+            CheckpointError: other settings, another base, or other tensors.
+        """
+        self.check_checkpoint(checkpoint)
+        stored = checkpoint["llama_lightning"]
+        if self.lora.rank and stored["base_fingerprint"] != self._base_fingerprint:
+            raise CheckpointError(
+                f"model.base_model {self.base_model} is not the base of this checkpoint "
+                f"({stored['base_model']}): its norm weights differ"
+            )
+        shapes = {name: list(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        trained = self._trained_shapes()
+        names = sorted(shapes.keys() | trained.keys())
+        if differing := [name for name in names if shapes.get(name) != trained.get(name)]:
+            first = differing[0]
+            raise CheckpointError(
+                f"{len(differing)} tensors differ from the checkpoint's, the first: {first} is "
+                f"{trained.get(first)} here, {shapes.get(first)} there"
+            )
+
+
+def _fingerprint(model: Llama) -> str:
+    """Tell one base from another by its norm weights: small, and trained in every model."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            # In bf16, so that base_dtype does not matter.
+            digest.update(parameter.detach().bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""How far a run is: one bar over all optimizer steps, or plain lines where nobody can see a bar."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 15.0
+
+
+class RunProgress(ProgressBar):
+    """A bar with loss, tokens/s and time left; without a terminal, a line at intervals.
+
+    Lightning's own bars show one epoch at a time and, without a terminal, print only at the end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = Console()
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._total = 0
+        self._first = 0
+        self._started = self._printed = 0.0
+
+    def disable(self) -> None:
+        """Say nothing; Lightning calls this on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speak again."""
+        self._enabled = True
+
+    def _start(self, what: str, total: int, done: int = 0) -> None:
+        self._what, self._total, self._first = what, total, done
+        self._started = self._printed = time.monotonic()
+        if not self._enabled or not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=self._console,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task(what, total=total, completed=done, metrics="")
+        self._bar.start()
+
+    def _update(self, done: int, metrics: str) -> None:
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, metrics=metrics)
+            return
+        now = time.monotonic()
+        if now - self._printed < PLAIN_LINE_SECONDS and done < self._total:
+            return
+        self._printed = now
+        left = (now - self._started) / max(1, done - self._first) * (self._total - done)
+        minutes, seconds = divmod(round(left), 60)
+        print(
+            f"{self._what} {done}/{self._total}  {metrics}  {minutes}:{seconds:02d} left",
+            flush=True,
+        )
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @staticmethod
+    def _metrics(trainer: Trainer) -> str:
+        shown = {"train/loss": "loss {:.3f}", "val/loss": "val {:.3f}"}
+        shown["perf/tokens_per_second"] = "{:,.0f} tokens/s"
+        values = trainer.callback_metrics
+        return "  ".join(text.format(float(values[k])) for k, text in shown.items() if k in values)
+
+    # fit
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar over all steps of the run."""
+        steps = trainer.estimated_stepping_batches
+        total = trainer.global_step if steps == float("inf") else int(steps)
+        self._start("fit", total, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar when a step is complete."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._update(trainer.global_step, self._metrics(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the finished bar."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Free the terminal for the message."""
+        self._stop()
+
+    # predict
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar over all batches of prompts."""
+        self._start("predict", int(sum(trainer.num_predict_batches)))
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Move the bar by a batch."""
+        self._update(batch_idx + 1, "")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the finished bar."""
+        self._stop()

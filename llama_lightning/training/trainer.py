@@ -1,0 +1,58 @@
+"""Lightning's Trainer with the parts that every run of this project needs."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+
+from llama_lightning.errors import UsageError
+from llama_lightning.training.callbacks import ParameterTable, Throughput
+from llama_lightning.training.checkpoint_io import AtomicCheckpointIO
+from llama_lightning.training.progress import RunProgress
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer, with our progress, table, throughput and checkpoint files.
+
+    Args:
+        max_steps: stop after so many optimizer steps; null for no such limit.
+        **kwargs: all other arguments of lightning.pytorch.Trainer.
+    """
+
+    def __init__(self, *, max_steps: int | None = None, **kwargs: Any) -> None:
+        # Lightning's sampler repeats and reorders records; the data module shares them out.
+        kwargs["use_distributed_sampler"] = False
+        given = kwargs.get("callbacks") or []
+        callbacks = [given] if isinstance(given, pl.Callback) else list(given)
+        callbacks += [Throughput(), ParameterTable()]
+        shown = kwargs.get("enable_progress_bar") is not False
+        if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(RunProgress())
+        plugins = kwargs.get("plugins") or []
+        kwargs["plugins"] = [*plugins] if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"].append(AtomicCheckpointIO())
+        kwargs["callbacks"] = callbacks
+        kwargs["enable_model_summary"] = False
+        self.given_max_steps = max_steps
+        self.given_max_epochs = kwargs.get("max_epochs")
+        # Lightning takes null for 1000 epochs, with a warning.
+        if max_steps is None and kwargs.get("max_epochs") is None:
+            kwargs["max_epochs"] = -1
+        super().__init__(max_steps=-1 if max_steps is None else max_steps, **kwargs)
+
+    def check_length(self) -> None:
+        """Refuse a fit whose length is given twice or not at all.
+
+        Raises:
+            UsageError: both or none of max_steps and max_epochs.
+        """
+        if self.given_max_steps is not None and self.given_max_epochs is not None:
+            raise UsageError(
+                f"trainer.max_steps {self.given_max_steps} and trainer.max_epochs "
+                f"{self.given_max_epochs} are both given; set one of them to null "
+                "(--trainer.max_steps null)"
+            )
+        if self.given_max_steps is None and self.given_max_epochs is None:
+            raise UsageError(
+                "neither trainer.max_steps nor trainer.max_epochs is given; set one of them"
+            )

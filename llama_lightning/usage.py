@@ -1,0 +1,136 @@
+"""The words of the command line: unknown keys and wrong values, said in one line.
+
+jsonargparse answers a misspelt nested key with a page about unions. So keys are checked before it
+parses, against the names it would accept, and its own errors are cut down to their innermost reason.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from llama_lightning.errors import UsageError
+
+# Values that are classes of Lightning's with arguments of their own; jsonargparse checks those.
+OPEN_KEYS = tuple(
+    f"trainer.{key}" for key in ("callbacks", "logger", "plugins", "strategy", "profiler")
+)
+
+
+def parameter_keys(function: Callable[..., Any], prefix: str) -> Iterator[str]:
+    """List the dotted keys of a callable's parameters, going into dataclasses."""
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for name in inspect.signature(function).parameters:
+        kind = hints.get(name)
+        if dataclasses.is_dataclass(kind):
+            yield from (f"{prefix}.{name}.{field.name}" for field in dataclasses.fields(kind))
+        else:
+            yield f"{prefix}.{name}"
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[str]:
+    """List the dotted leaf keys of a parsed config; `init_args` is transparent."""
+    if not isinstance(value, dict) or not value:
+        yield prefix
+        return
+    for key, inner in value.items():
+        if key == "class_path":
+            continue
+        dotted = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        yield from _flatten(inner, dotted)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a YAML config.
+
+    Raises:
+        UsageError: missing, empty, broken, or not a mapping.
+    """
+    if not path.is_file():
+        near = sorted(
+            str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.yaml")
+        )
+        close = difflib.get_close_matches(str(path), near, 3, 0.0)
+        hint = f"; there are {', '.join(close)}" if close else ""
+        raise UsageError(f"--config {path}: no such file{hint}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path}: byte {error.start} is not UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UsageError(f"--config {path}{where}: {problem}") from error
+    if config is None:
+        raise UsageError(f"--config {path}: the file is empty")
+    if not isinstance(config, dict):
+        raise UsageError(f"--config {path}: keys and values are needed, not {config!r}")
+    return config
+
+
+def given_keys(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """List (dotted key, where it stands) for all keys of the config files and the command line."""
+    waiting = False  # for the file name behind --config
+    for argument in arguments:
+        if waiting or argument.startswith(("--config=", "-c=")):
+            waiting = False
+            path = argument.removeprefix("--config=").removeprefix("-c=")
+            yield from ((key, path) for key in _flatten(read_config(Path(path))))
+        elif argument in ("--config", "-c"):
+            waiting = True
+        elif argument.startswith("--"):
+            key = argument[2:].partition("=")[0].rstrip("+")
+            yield key.replace(".init_args", ""), "the command line"
+
+
+def check_keys(arguments: list[str], known: Iterable[str]) -> None:
+    """Refuse a key that nothing would read, naming the nearest that something would.
+
+    Raises:
+        UsageError: unknown key.
+    """
+    known = {*known, "help", "config", "print_config"}
+    groups = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
+    known = sorted(known - groups)
+    for key, where in given_keys(arguments):
+        if key in known or key in groups or key.startswith(OPEN_KEYS):
+            continue
+        if key.endswith(".class_path") and key.removesuffix(".class_path") in groups:
+            continue
+        nearest = max(known, key=lambda name: _likeness(key, name))
+        raise UsageError(f"unknown key {key} in {where}; did you mean {nearest}?")
+
+
+def _likeness(key: str, name: str) -> float:
+    """Score how near a name is: as a whole, and by its last part, which people know best."""
+    last, name_last = key.rpartition(".")[2], name.rpartition(".")[2]
+    ratios = (
+        difflib.SequenceMatcher(None, given, there).ratio()
+        for given, there in ((key, name), (last, name_last))
+    )
+    return sum(ratios)
+
+
+# jsonargparse's words for a type, and ours.
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+
+
+def plain_reason(text: str) -> str:
+    """Cut one of jsonargparse's messages down to its innermost key and reason."""
+    keys = [k for k in dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)) if k != "init_args"]
+    wanted = []
+    for kind in re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", text, re.MULTILINE):
+        if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
+            wanted.append(f"one of {literal[1]}")
+        elif (name := re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind)) and name[1] != "NoneType":
+            wanted.append(WORDS.get(name[1], name[1]))
+    value = re.search(r"(?:Got value|Given value): (.*)$", text, re.MULTILINE)
+    if not wanted or value is None:
+        return " ".join(text.split())
+    return f"{'.'.join(keys)}: expected {' or '.join(dict.fromkeys(wanted))}, got {value[1]}"
