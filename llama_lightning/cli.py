@@ -94,7 +94,7 @@ def _run(arguments: list[str]) -> None:
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             verb = self._subcommand_parsers[arguments[0]]
-            known = [key for key in verb.get_defaults().keys(branches=True)]  # noqa: SIM118
+            known = list(verb.get_defaults().keys(branches=True))
             known += parameter_keys(LlamaModule, "model")
             known += parameter_keys(AlpacaDataModule, "data")
             check_keys(arguments[1:], known)
@@ -125,14 +125,16 @@ def _run(arguments: list[str]) -> None:
                 )
 
         def before_fit(self) -> None:
-            self.trainer.check_length()
+            assert isinstance(self.trainer, Trainer)
+            self.trainer.check()
             self.check()
 
         before_validate = before_test = before_predict = check
 
         def after_fit(self) -> None:
-            if self.trainer.is_global_zero and self.trainer.checkpoint_callback is not None:
-                last = self.trainer.checkpoint_callback.last_model_path
+            callback = self.trainer.checkpoint_callback
+            if self.trainer.is_global_zero and isinstance(callback, LastAndBest):
+                last = callback.last_model_path
                 print(f"trained weights: {last}")
                 print(f"next: python -m llama_lightning predict --config FILE --ckpt_path {last}")
 
@@ -146,7 +148,7 @@ def _run(arguments: list[str]) -> None:
             trainer_class=Trainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            parser_kwargs={"exit_on_error": False, **{name: strict for name in NAMES}},
+            parser_kwargs={"exit_on_error": False, **dict.fromkeys(NAMES, strict)},
             args=arguments,
         )
     except argparse.ArgumentError as error:

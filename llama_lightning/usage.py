@@ -1,7 +1,8 @@
 """The words of the command line: unknown keys and wrong values, said in one line.
 
 jsonargparse answers a misspelt nested key with a page about unions. So keys are checked before it
-parses, against the names it would accept, and its own errors are cut down to their innermost reason.
+parses, against the names it would accept, and its own errors are cut down to their innermost
+reason.
 """
 
 import dataclasses

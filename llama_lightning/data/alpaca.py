@@ -304,7 +304,9 @@ class AlpacaDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the position in the epoch, and what it is a position of."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
-        done = 0 if progress is None or progress.is_last_batch else progress.current.processed
+        done = 0
+        if progress is not None and not progress.is_last_batch:
+            done = progress.current.processed  # type: ignore[attr-defined]
         return {
             "micro_batches": done,
             "identity": self._identity(),
@@ -334,7 +336,7 @@ class AlpacaDataModule(LightningDataModule):
         if differing := [key for key in ours if ours[key] != stored.get(key)]:
             shown = "; ".join(f"{k} is {ours[k]}, was {stored.get(k)}" for k in differing)
             raise CheckpointError(
-                f"the run differs from the checkpoint's: {shown}. Set them as they were, or start a "
-                "new run without --ckpt_path"
+                f"the run differs from the checkpoint's: {shown}. Set them as they were, or start "
+                "a new run without --ckpt_path"
             )
         self._resume_at = int(state_dict["micro_batches"]) if fitting else 0

@@ -1,10 +1,10 @@
 """The exact step: which records form an optimizer step, and which slot each falls into.
 
-A step is `batch_size` records whatever the hardware. They are dealt to `slots` = accumulation x world
-size micro-batches of nearly equal token count. Every rank emits the same number of micro-batches for
-every step; a slot without records is an empty Batch. Each Batch carries the number of target tokens
-of the whole step, so that sums of losses add up to one mean over the step, however it was split.
-Lightning alone averages averages (pytorch-lightning#20350).
+A step is `batch_size` records whatever the hardware. They are dealt to `slots` = accumulation x
+world size micro-batches of nearly equal token count. Every rank emits the same number of
+micro-batches for every step; a slot without records is an empty Batch. Each Batch carries the
+number of target tokens of the whole step, so that sums of losses add up to one mean over the step,
+however it was split. Lightning alone averages averages (pytorch-lightning#20350).
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,7 +81,8 @@ class StepSampler(Sampler[MicroBatch]):
 
     def steps(self) -> Iterator[list[int]]:
         """Yield the record indices of each step of this epoch; the last may be smaller."""
-        # The CPU's generator reads the low 32 bits of a seed only, so both numbers must reach those.
+        # The CPU's generator reads the low 32 bits of a seed only, so both numbers must reach
+        # those.
         mixed = (self.seed * 1_000_003 + self.epoch) % 2**32
         generator = torch.Generator().manual_seed(mixed)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()

@@ -1,7 +1,8 @@
-"""The one formatter: how a record becomes a prompt, in training, prediction and everywhere else.
+r"""The one formatter: how a record becomes a prompt, in training, prediction and everywhere else.
 
 Fields enter verbatim. A prompt ends where the answer begins, and the two are tokenised apart: in
-Llama 3 ":\n" is one token, so that joined text would be cut elsewhere in training than in prediction.
+Llama 3 ":\n" is one token, so that joined text would be cut elsewhere in training than in
+prediction.
 Source of the Alpaca text: github.com/tatsu-lab/stanford_alpaca, train.py.
 """
 

@@ -47,7 +47,8 @@ def _llama3_special_tokens(first_id: int) -> dict[str, int]:
 def _byte_letters() -> dict[str, int]:
     """Map the printable stand-ins in a byte-level tokenizer.json to the bytes they stand for.
 
-    Printable Latin-1 stands for itself; the other bytes are numbered from U+0100 on (GPT-2's table).
+    Printable Latin-1 stands for itself; the other bytes are numbered from U+0100 on (GPT-2's
+    table).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

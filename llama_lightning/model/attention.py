@@ -1,6 +1,7 @@
 """Causal attention over dense rows, over ragged rows laid end to end, or over a cache.
 
-Letters: B rows, T tokens of a flat batch, S longest row of a grid, N heads, K kv heads, H head dimension.
+Letters: B rows, T tokens of a flat batch, S longest row of a grid, N heads, K kv heads, H head
+dimension.
 """
 
 from typing import NamedTuple
@@ -8,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
 
 # A row joins a grid when it fills at least this part of the grid's width: less padding is computed,
 # at the price of more grids. On Alpaca-like lengths this makes 5 to 8 grids a batch.

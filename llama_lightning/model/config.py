@@ -13,7 +13,8 @@ class RopeScaling:
     """Llama 3's stretching of the rotary wavelengths beyond the original context.
 
     Wavelengths below `original_max_position_embeddings / high_freq_factor` tokens stay, those above
-    `original_max_position_embeddings / low_freq_factor` grow by `factor`, those between are blended.
+    `original_max_position_embeddings / low_freq_factor` grow by `factor`, those between are
+    blended.
     """
 
     factor: float = 32.0  # 3.2; Llama 3.1 has 8
@@ -100,6 +101,7 @@ def config_from_huggingface(raw: dict[str, Any]) -> LlamaConfig:
         "attention_bias": False,  # would put a bias on o_proj too
         "mlp_bias": False,
         "pretraining_tp": 1,
+        "quantization_config": None,
     }.items():
         if raw.get(key, only) != only:
             raise ValueError(f"{key}={raw[key]!r} is not supported, only {only!r}")

@@ -50,7 +50,8 @@ class KVCache:
     def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
         """Write T new tokens behind each row's length and return all slots, each (B, K, S, H).
 
-        The lengths stay until `advance`, so that every layer of one forward writes to the same slots.
+        The lengths stay until `advance`, so that every layer of one forward writes to the same
+        slots.
 
         Raises:
             IndexError: a row has no slot left.

@@ -1,10 +1,10 @@
 """Llama 3.2, whole, from top to bottom.
 
-Module names are Hugging Face's, so that a state dict IS the checkpoint of the hub. The network knows
-nothing of LoRA, of losses or of generation: it turns tokens into logits.
+Module names are Hugging Face's, so that a state dict IS the checkpoint of the hub. The network
+knows nothing of LoRA, of losses or of generation: it turns tokens into logits.
 Source: The Llama 3 Herd of Models (arXiv 2407.21783); RMSNorm 1910.07467; SwiGLU 2002.05202.
-Letters: B rows, T tokens, D hidden size, N heads, K kv heads, H head dimension, V vocabulary. A flat
-batch has no B: its T tokens are rows laid end to end.
+Letters: B rows, T tokens, D hidden size, N heads, K kv heads, H head dimension, V vocabulary. A
+flat batch has no B: its T tokens are rows laid end to end.
 """
 
 from collections.abc import Callable

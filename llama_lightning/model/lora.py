@@ -43,8 +43,8 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """`base_layer(x) + lora_B(lora_A(dropout(x))) * alpha / rank` around any nn.Linear.
 
-    B starts at zero, so that the wrapped network starts as the base. A and B are fp32 unless `dtype`
-    says otherwise, even around a 16-bit base: small updates vanish in 16-bit weights.
+    B starts at zero, so that the wrapped network starts as the base. A and B are fp32 unless
+    `dtype` says otherwise, even around a 16-bit base: small updates vanish in 16-bit weights.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, dtype: torch.dtype) -> None:
@@ -68,7 +68,8 @@ class LoRALinear(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):  # autocast picks the type by itself
             x = x.to(self.lora_A.weight.dtype)
         update = self.lora_B(self.lora_A(self.dropout(x))) * self.scale
-        return out + update.to(out.dtype)
+        adapted: Tensor = out + update.to(out.dtype)
+        return adapted
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig, *, dtype: torch.dtype) -> None:

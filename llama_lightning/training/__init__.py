@@ -1,0 +1,1 @@
+"""The Lightning side: steps, schedules, checkpoints."""

@@ -54,7 +54,9 @@ class LastAndBest(ModelCheckpoint):
 
     def _write_last(self, trainer: Trainer) -> None:
         # The count stands still during an accumulation: write once, and only what is new.
-        if trainer.global_step != self._last_step and not trainer.fast_dev_run:
+        # The Trainer sets some of its attributes where mypy cannot see them.
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.global_step != self._last_step and not dry:
             self._last_step = trainer.global_step
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -100,7 +102,8 @@ class Throughput(Callback):
         self._tokens += len(batch.tokens)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if trainer.global_step % trainer.log_every_n_steps and not trainer.is_last_batch:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every and not trainer.is_last_batch:
             return
         rate = self._tokens * trainer.world_size / (time.perf_counter() - self._since)
         self._tokens, self._since = 0, time.perf_counter()

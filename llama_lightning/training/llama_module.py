@@ -162,7 +162,8 @@ class LlamaModule(LightningModule):
         """
         if len(batch.row_ids) == 0:
             # Every parameter takes part, or DDP would skip its all-reduce and hang or go wrong.
-            return 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+            sums = [p.sum() for p in self.parameters() if p.requires_grad]
+            return 0.0 * torch.stack(sums).sum()
         logits, targets = self._supervised(batch)
         share = summed_cross_entropy(logits, targets) / batch.num_step_targets
         self._step_loss = self._step_loss.to(share.device) + share.detach()
@@ -191,8 +192,8 @@ class LlamaModule(LightningModule):
         self._step_loss = torch.zeros_like(self._step_loss)
         if not norm.isfinite():
             raise UserError(
-                f"step {self.global_step}: the gradient is not finite (loss {float(loss):.4g}); the "
-                "weights of the step before are kept. Lower model.optimizer.lr or clip with "
+                f"step {self.global_step}: the gradient is not finite (loss {float(loss):.4g}); "
+                "the weights of the step before are kept. Lower model.optimizer.lr or clip with "
                 "trainer.gradient_clip_val"
             )
         if gradient_clip_val:

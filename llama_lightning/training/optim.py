@@ -79,7 +79,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     # Imported here: it takes a second, and only this optimizer needs it.
     import bitsandbytes
 
-    class GroupedAdamW8bit(bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]
+    class GroupedAdamW8bit(bitsandbytes.optim.AdamW8bit):  # type: ignore[misc, name-defined]
         """The bits of the state are a group's setting; bitsandbytes has a global registry."""
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from llama_lightning.training.callbacks import ParameterTable, Throughput
 from llama_lightning.training.checkpoint_io import AtomicCheckpointIO
 from llama_lightning.training.progress import RunProgress
 
+# fp16 needs a loss scaler, whose overflows the check for finite gradients would stop.
+PRECISIONS = ("bf16-mixed", "bf16-true", "32-true", "64-true")
+
 
 class Trainer(pl.Trainer):
     """Lightning's Trainer, with our progress, table, throughput and checkpoint files.
@@ -40,12 +43,16 @@ class Trainer(pl.Trainer):
             kwargs["max_epochs"] = -1
         super().__init__(max_steps=-1 if max_steps is None else max_steps, **kwargs)
 
-    def check_length(self) -> None:
-        """Refuse a fit whose length is given twice or not at all.
+    def check(self) -> None:
+        """Refuse a fit whose length is given twice or not at all, or a precision never tried.
 
         Raises:
-            UsageError: both or none of max_steps and max_epochs.
+            UsageError: both or none of max_steps and max_epochs; 16-bit floats without a range.
         """
+        if self.precision not in PRECISIONS:
+            raise UsageError(
+                f"trainer.precision {self.precision}: use one of {', '.join(PRECISIONS)}"
+            )
         if self.given_max_steps is not None and self.given_max_epochs is not None:
             raise UsageError(
                 f"trainer.max_steps {self.given_max_steps} and trainer.max_epochs "

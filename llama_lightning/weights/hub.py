@@ -34,12 +34,12 @@ def resolve_base(base_model: str) -> Path:
         return Path(snapshot_download(base_model, allow_patterns=PATTERNS))
     except GatedRepoError as error:
         raise WeightsError(
-            f"model.base_model: {base_model} is gated: accept its licence on its hub page, then set "
-            "HF_TOKEN or run `hf auth login`"
+            f"model.base_model: {base_model} is gated: accept its licence on its hub page, then "
+            "set HF_TOKEN or run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise WeightsError(
-            f"model.base_model: there is no {base_model} on the hub (or it is private: set HF_TOKEN)"
+            f"model.base_model: there is no {base_model} on the hub, or it is private: set HF_TOKEN"
         ) from error
     except OSError as error:
         raise WeightsError(

@@ -21,6 +21,7 @@ from llama_lightning.model.llama import Llama
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -34,7 +35,7 @@ def read_config(folder: Path) -> LlamaConfig:
         raise WeightsError(f"model.base_model: {folder} has no {CONFIG_FILE}")
     try:
         return config_from_huggingface(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: {error}") from error
 
 
@@ -53,7 +54,8 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return [folder / WEIGHTS_FILE]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index}: not an index of safetensors ({error!r})") from error
     for name in names:
@@ -89,7 +91,7 @@ def load_huggingface(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -
         dtype: type of the weights in memory.
 
     Raises:
-        WeightsError: a tensor missing, too many, misshapen or not finite.
+        WeightsError: a tensor missing, too many, misshapen, quantised or not finite.
     """
     with torch.device("meta"):
         model = Llama(config)
@@ -109,6 +111,8 @@ def load_huggingface(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -
                 f"{file}: {name} has shape {tuple(tensor.shape)}, "
                 f"{CONFIG_FILE} means {tuple(expected[name].shape)}"
             )
+        if tensor.dtype not in STORED_DTYPES:  # cast, quantised weights would lose their scales
+            raise WeightsError(f"{file}: {name} is {tensor.dtype}; quantised weights are not read")
         low, high = tensor.aminmax()  # NaN goes through both; no copy of the tensor is made
         if not (low.isfinite() and high.isfinite()):
             raise WeightsError(f"{file}: {name} holds NaN or infinity")
