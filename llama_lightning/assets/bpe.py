@@ -6,8 +6,6 @@ merges as there is room for, then every piece of the training texts that is not 
 a closed world is one token, and any other text still falls back to merges and bytes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
@@ -15,10 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from llama_lightning.data.tokenizer import LLAMA3_PATTERN, byte_letters
+
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -35,16 +31,13 @@ _PIECES = re.compile(
 )
 
 
-def _byte_letters() -> dict[int, str]:
-    """Maps each byte to the letter that stands for it in tokenizer.json, in token id order."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    letters = {byte: chr(byte) for byte in shown}
-    return letters | {byte: chr(256 + at) for at, byte in enumerate(hidden)}
+def pieces(texts: Iterable[str]) -> Counter[str]:
+    """Count the pieces that Llama 3's pattern cuts texts into."""
+    return Counter(piece for text in texts for piece in _PIECES.findall(text))
 
 
 def train(texts: Iterable[str], size: int) -> list[bytes]:
-    """Learns a vocabulary in which every piece of the texts is one token.
+    """Learn a vocabulary in which every piece of the texts is one token.
 
     Args:
         texts: all texts of the closed world.
@@ -56,8 +49,8 @@ def train(texts: Iterable[str], size: int) -> list[bytes]:
     Raises:
         ValueError: if the pieces alone are more than `size` has room for.
     """
-    counts = Counter(piece.encode() for text in texts for piece in _PIECES.findall(text))
-    tokens = [bytes([byte]) for byte in _byte_letters()]
+    counts = Counter({piece.encode(): count for piece, count in pieces(texts).items()})
+    tokens = [bytes([byte]) for byte in byte_letters().values()]
     room = size - len(SPECIAL_TOKENS)
     missing = {piece for piece in counts if len(piece) > 1}
     if len(tokens) + len(missing) > room:
@@ -82,7 +75,7 @@ def train(texts: Iterable[str], size: int) -> list[bytes]:
 
 
 def _tokenizer_json(tokens: list[bytes]) -> dict[str, Any]:
-    letters = _byte_letters()
+    letters = {byte: letter for letter, byte in byte_letters().items()}
     names = {token: "".join(letters[byte] for byte in token) for token in tokens}
     rank = {token: at for at, token in enumerate(tokens)}
     merges = []
@@ -151,7 +144,7 @@ def _tokenizer_json(tokens: list[bytes]) -> dict[str, Any]:
 
 
 def write_tokenizer(directory: Path, tokens: list[bytes], max_length: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json.
 
     Args:
         directory: an existing folder.

@@ -217,8 +217,9 @@ class AlpacaDataModule(LightningDataModule):
             train_on_prompt=self.train_on_prompt,
         )
         if not examples:
+            file = {"val": self.val_file, "test": self.test_file}.get(part) or self.train_file
             raise DataError(
-                f"{self.train_file}: nothing to learn in all {len(rows)} {part} records: {dropped}"
+                f"{file}: nothing to learn in all {len(rows)} {part} records: {dropped}"
             )
         tokens = sum(len(e.tokens) for e in examples)
         targets = sum(e.num_targets for e in examples)

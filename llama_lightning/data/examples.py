@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_lightning.data.templates import PromptTemplate
+from llama_lightning.data.templates import PromptTemplate, has_input
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import DataError
 from llama_lightning.records import IGNORE_INDEX, Example
@@ -27,7 +27,7 @@ class Row:
     @property
     def prompt_key(self) -> tuple[str, str]:
         """What makes two records the same question."""
-        return self.instruction, self.input
+        return self.instruction, self.input if has_input(self.input) else ""
 
 
 def _parse(path: Path) -> list[Any]:

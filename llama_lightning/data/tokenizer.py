@@ -44,7 +44,7 @@ def _llama3_special_tokens(first_id: int) -> dict[str, int]:
     return {named.get(i) or next(reserved): first_id + i for i in range(256)}
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """Map the printable stand-ins in a byte-level tokenizer.json to the bytes they stand for.
 
     Printable Latin-1 stands for itself; the other bytes are numbered from U+0100 on (GPT-2's
@@ -134,7 +134,7 @@ class Tokenizer:
         if LLAMA3_PATTERN not in splits:
             raise ValueError("its pre_tokenizer is not Llama 3's")
         special_ids = {token["content"]: int(token["id"]) for token in raw["added_tokens"]}
-        letters = _byte_letters()
+        letters = byte_letters()
         ranks = {
             bytes(letters[letter] for letter in token): int(rank)
             for token, rank in model["vocab"].items()

@@ -58,7 +58,8 @@ class LlamaConfig:
             raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
 
 
-# Sizes of config.json in the hub's repositories of these names; `tiny` is the embedded model.
+# Sizes of config.json in the hub's repositories of these names; `tiny` is the embedded model, whose
+# scaling is 3.2's over a context that fits it.
 PRESETS = {
     "llama-3.2-1b": LlamaConfig(
         vocab_size=128_256,
@@ -79,6 +80,18 @@ PRESETS = {
         num_key_value_heads=8,
         head_dim=128,
         rope_scaling=RopeScaling(),
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=1472,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        rope_scaling=RopeScaling(original_max_position_embeddings=512),
+        rope_theta=10_000.0,
+        max_position_embeddings=4096,
     ),
 }
 
