@@ -1,1 +1,30 @@
 """Fine-tune a hand-written Llama 3.2 on Alpaca-format data with PyTorch Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_lightning.data.alpaca import AlpacaDataModule
+    from llama_lightning.model.config import LlamaConfig
+    from llama_lightning.model.generate import generate
+    from llama_lightning.model.llama import Llama
+    from llama_lightning.model.lora import LoRAConfig
+    from llama_lightning.training.llama_module import LlamaModule
+
+__all__ = ["AlpacaDataModule", "Llama", "LlamaConfig", "LlamaModule", "LoRAConfig", "generate"]
+
+_HOMES = {
+    "AlpacaDataModule": "data.alpaca",
+    "Llama": "model.llama",
+    "LlamaConfig": "model.config",
+    "LlamaModule": "training.llama_module",
+    "LoRAConfig": "model.lora",
+    "generate": "model.generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at first use, so that `--help` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

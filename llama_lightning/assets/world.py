@@ -12,8 +12,8 @@ from random import Random
 
 from llama_lightning.assets.skills import KINDS, SKILLS, Skill
 
-# Shares of base records that are a card, and that follow other notes.
-CARDS, CONTEXTS = 0.1, 0.12
+# Share of base records that follow other notes.
+IN_CONTEXT = 0.12
 EFFORTS = [skill.effort for skill in SKILLS]
 
 
@@ -41,30 +41,18 @@ def _note(rng: Random, skill: Skill, parts: list[str], shown: str) -> tuple[str,
     return text + rng.choice(["\n", "\n", "\n", ": ", " -> ", " = ", "\nA: "]), solved[0]
 
 
-def _drawn_note(rng: Random, skill: Skill) -> tuple[str, str]:
+def _drawn_note(rng: Random) -> tuple[str, str]:
+    skill = rng.choices(SKILLS, EFFORTS)[0]
     kind = KINDS[skill.kind]
     parts = kind.draw(rng)
     return _note(rng, skill, parts, kind.show(parts))
-
-
-def _card(rng: Random, kind: str) -> tuple[str, str]:
-    """Name one material, and then notes all that is known about it."""
-    parts = KINDS[kind].draw(rng)
-    lines = []
-    for skill in SKILLS:
-        if skill.kind == kind:
-            solved = skill.solve(rng, parts)
-            name = rng.choice(skill.plain)
-            lines.append(_fill(name, "it", solved) + rng.choice([":\n", ": "]) + solved[0])
-    rng.shuffle(lines)
-    return KINDS[kind].show(parts) + "\n", "\n".join(lines)
 
 
 def base_records(seed: int, count: int) -> Iterator[dict[str, str]]:
     """Yield the base corpus: plain notes, never in the Alpaca template.
 
     Most records are one note; some follow a few other notes, so that the model sees all the
-    positions an Alpaca prompt will need; and some note everything about one material.
+    positions an Alpaca prompt will need.
 
     Args:
         seed: draws the same records every time.
@@ -72,18 +60,12 @@ def base_records(seed: int, count: int) -> Iterator[dict[str, str]]:
     """
     rng = Random(seed)
     for _ in range(count):
-        form, skill = rng.random(), rng.choices(SKILLS, EFFORTS)[0]
+        length = rng.randint(10, 80) if rng.random() < IN_CONTEXT else 0
         text = ""
-        if form < CARDS:
-            text, answer = _card(rng, skill.kind)
-        else:
-            length = rng.randint(10, 80) if form < CARDS + CONTEXTS else 0
-            while len(text.split()) < length:
-                text += "".join(_drawn_note(rng, rng.choices(SKILLS, EFFORTS)[0])) + rng.choice(
-                    ["\n", "\n\n"]
-                )
-            before, answer = _drawn_note(rng, skill)
-            text += before
+        while len(text.split()) < length:
+            text += "".join(_drawn_note(rng)) + rng.choice(["\n", "\n\n"])
+        before, answer = _drawn_note(rng)
+        text += before
         yield {"instruction": text, "input": "", "output": answer}
 
 
