@@ -20,7 +20,7 @@ from llama_lightning.model.llama import Llama
 from llama_lightning.training.checkpoint_io import read_checkpoint
 from llama_lightning.weights.huggingface import CONFIG_FILE, save_huggingface
 
-BASE_RECORDS = 400_000
+BASE_RECORDS = 320_000
 # Where the vocabulary's pieces are counted: enough records to meet every one.
 TOKENIZER_RECORDS = 30_000
 

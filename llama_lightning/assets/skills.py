@@ -84,16 +84,6 @@ KINDS = {
 }
 
 
-def _remove(rng: Random, words: list[str]) -> list[str]:
-    word = rng.choice(words)
-    return [" ".join(other for other in words if other != word), word]
-
-
-def _replace(rng: Random, words: list[str]) -> list[str]:
-    old, new = rng.choice(words), rng.choice([noun for noun in NOUNS if noun not in words])
-    return [" ".join(new if word == old else word for word in words), old, new]
-
-
 def _repeat(rng: Random, words: list[str]) -> list[str]:
     times = rng.choice(list(TIMES))
     return [" ".join(words * TIMES[times]), times]
@@ -121,7 +111,7 @@ class Skill:
     Attributes:
         name: the skill's name in reports.
         kind: the kind of material it works on.
-        solve: returns the answer and then up to two arguments, `{a}` and `{b}` in the texts.
+        solve: returns the answer and then, for some, an argument: `{a}` in the texts.
         plain: its names in the base corpus.
         asks: its Alpaca wordings; one with `{x}` holds the material, another is followed by it.
         effort: how many times as often as an easy skill the base corpus shows it.
@@ -205,30 +195,6 @@ SKILLS = [
             "Sort the words",
             "Put these words in alphabetical order",
             "Sort this list from a to z",
-        ),
-        effort=5,
-    ),
-    Skill(
-        "remove",
-        "words",
-        _remove,
-        ("remove {a}", "without {a}", "leave out {a}"),
-        (
-            "Remove the word {a} from the list",
-            "Leave out {a}",
-            "Write the list without {a}",
-        ),
-        effort=3,
-    ),
-    Skill(
-        "replace",
-        "words",
-        _replace,
-        ("replace {a} with {b}", "change {a} to {b}"),
-        (
-            "Replace {a} with {b}",
-            "Change the word {a} to {b}",
-            "Write {b} instead of {a}",
         ),
         effort=4,
     ),

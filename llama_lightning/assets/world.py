@@ -12,14 +12,13 @@ from random import Random
 
 from llama_lightning.assets.skills import KINDS, SKILLS, Skill
 
-# Share of base records that follow other notes.
-IN_CONTEXT = 0.12
+# Shares of base records that are a card, and that follow other notes.
+CARDS, IN_CONTEXT = 0.3, 0.15
 EFFORTS = [skill.effort for skill in SKILLS]
 
 
 def _fill(text: str, shown: str, solved: list[str]) -> str:
-    a, b = [*solved[1:], "", ""][:2]
-    return text.format(x=shown, a=a, b=b)
+    return text.format(x=shown, a=solved[-1])
 
 
 def _note(rng: Random, skill: Skill, parts: list[str], shown: str) -> tuple[str, str]:
@@ -48,11 +47,25 @@ def _drawn_note(rng: Random) -> tuple[str, str]:
     return _note(rng, skill, parts, kind.show(parts))
 
 
+def _card(rng: Random) -> tuple[str, str]:
+    """Name one material, then note several things about it."""
+    kind = rng.choices(SKILLS, EFFORTS)[0].kind
+    parts = KINDS[kind].draw(rng)
+    able = [skill for skill in SKILLS if skill.kind == kind]
+    lines = []
+    for skill in rng.sample(able, min(len(able), 6)):
+        solved = skill.solve(rng, parts)
+        name = _fill(rng.choice(skill.plain), "it", solved)
+        lines.append(name + rng.choice([":\n", ": "]) + solved[0])
+    return KINDS[kind].show(parts) + "\n", "\n".join(lines)
+
+
 def base_records(seed: int, count: int) -> Iterator[dict[str, str]]:
     """Yield the base corpus: plain notes, never in the Alpaca template.
 
-    Most records are one note; some follow a few other notes, so that the model sees all the
-    positions an Alpaca prompt will need.
+    Half of the records are one note. Some follow a few other notes, so that the model sees all the
+    positions an Alpaca prompt will need. The rest are cards, several notes on one material: without
+    them the model hardly learns to copy words.
 
     Args:
         seed: draws the same records every time.
@@ -60,12 +73,16 @@ def base_records(seed: int, count: int) -> Iterator[dict[str, str]]:
     """
     rng = Random(seed)
     for _ in range(count):
-        length = rng.randint(10, 80) if rng.random() < IN_CONTEXT else 0
-        text = ""
-        while len(text.split()) < length:
-            text += "".join(_drawn_note(rng)) + rng.choice(["\n", "\n\n"])
-        before, answer = _drawn_note(rng)
-        text += before
+        form = rng.random()
+        if form < CARDS:
+            text, answer = _card(rng)
+        else:
+            length = rng.randint(10, 80) if form < CARDS + IN_CONTEXT else 0
+            text = ""
+            while len(text.split()) < length:
+                text += "".join(_drawn_note(rng)) + rng.choice(["\n", "\n\n"])
+            before, answer = _drawn_note(rng)
+            text += before
         yield {"instruction": text, "input": "", "output": answer}
 
 

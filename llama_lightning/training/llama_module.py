@@ -77,7 +77,8 @@ class LlamaModule(LightningModule):
         self.strict_loading = False  # checkpoints hold what is trained; see on_load_checkpoint
         self._seed = 0
         self._step_loss = torch.tensor(0.0)  # of the accumulated micro-batches, on this rank
-        self.eval_loss = MeanMetric().set_dtype(torch.float64)
+        # By default torchmetrics leaves NaN out of the mean, and a broken model looks sound.
+        self.eval_loss = MeanMetric(nan_strategy=float("nan")).set_dtype(torch.float64)
         self.eval_accuracy = MeanMetric().set_dtype(torch.float64)
 
     # Building

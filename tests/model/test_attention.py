@@ -1,0 +1,166 @@
+"""Records of a flat batch do not see each other, and gradient checkpointing changes no number."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_lightning.model.attention import MIN_FILL, attention, padded_grid, ragged_rows
+from llama_lightning.model.llama import Block, Llama
+from llama_lightning.model.lora import LoRAConfig, inject_lora
+from tests.model.oracle import (
+    SMALL,
+    flat_batch,
+    lora_parameters,
+    max_difference,
+    random_records,
+    randomise_lora,
+    small_llama,
+)
+
+
+def test_a_padded_grid_is_its_docstrings_example() -> None:
+    grid = padded_grid(torch.tensor([0, 2]), torch.tensor([2, 3]))
+    assert grid.tolist() == [[0, 1, 1], [2, 3, 4]]
+
+
+def test_rows_are_sorted_into_grids_of_similar_length() -> None:
+    # Lengths 2, 9, 8, 3: 8 fills enough of 9, 3 opens a new grid, 2 fills too little of that one.
+    rows = ragged_rows(torch.tensor([0, 2, 11, 19, 22]))
+    assert [grid.tolist() for grid in rows.to_grids] == [
+        [list(range(2, 11)), [*range(11, 19), 18]],
+        [[19, 20, 21]],
+        [[0, 1]],
+    ]
+    assert rows.from_cells_T.tolist() == [21, 22, *range(9), *range(9, 17), 18, 19, 20]
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [4], [1, 1, 1], [3, 7, 1, 7], [5, 6, 7, 8, 9, 10], [100, 1, 40, 69, 70, 71]]
+)
+def test_the_grids_and_back_are_the_identity(lengths: list[int]) -> None:
+    boundaries = torch.tensor([0, *lengths]).cumsum(0)
+    rows = ragged_rows(boundaries)
+    flat = torch.arange(sum(lengths))
+    row_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    for grid in rows.to_grids:
+        assert (row_of[grid] == row_of[grid[:, :1]]).all()  # no cell of a line is another row's
+        assert all(len(line.unique()) >= MIN_FILL * grid.shape[1] for line in grid)
+    cells = torch.cat([flat[grid].flatten() for grid in rows.to_grids])
+    assert torch.equal(cells[rows.from_cells_T], flat)
+
+
+def test_flat_attention_is_the_attention_of_each_row() -> None:
+    boundaries = torch.tensor([0, 12, 26, 37, 41])
+    assert [len(grid) for grid in ragged_rows(boundaries).to_grids] == [3, 1]
+    q = torch.randn(41, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 41, 2, 8, dtype=torch.float64)
+    flat = attention(q, k, v, rows=ragged_rows(boundaries))
+    apart = [
+        attention(q[None, start:end], k[None, start:end], v[None, start:end])[0]
+        for start, end in boundaries.unfold(0, 2, 1).tolist()
+    ]
+    difference = max_difference(flat, torch.cat(apart))
+    print(f"max |difference| {difference:.1e} (bound 1e-12)")
+    assert difference <= 1e-12
+
+
+def test_attention_is_the_softmax_written_out() -> None:
+    q = torch.randn(1, 5, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 5, 2, 8, dtype=torch.float64)
+    expected = torch.empty_like(q)
+    for head in range(4):
+        keys, values = k[0, :, head // 2], v[0, :, head // 2]
+        for t in range(5):
+            weights = (keys[: t + 1] @ q[0, t, head] / 8**0.5).softmax(0)
+            expected[0, t, head] = weights @ values[: t + 1]
+    difference = max_difference(attention(q, k, v), expected)
+    print(f"max |difference| {difference:.1e} (bound 1e-12)")
+    assert difference <= 1e-12
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_a_record_does_not_see_its_neighbours(changed: int) -> None:
+    # Three of them share a grid, the last has its own.
+    model = small_llama()
+    batch = flat_batch(random_records([(12, 1), (14, 1), (11, 1), (4, 1)]))
+    bounds = batch.boundaries.tolist()
+    span = slice(bounds[changed], bounds[changed + 1])
+    tokens = batch.tokens.clone()
+    tokens[span] = (tokens[span] + 1) % SMALL.vocab_size
+    others = torch.ones(len(tokens), dtype=torch.bool)
+    others[span] = False
+    with torch.no_grad():
+        before, after = (
+            model(t, positions=batch.positions, boundaries=batch.boundaries)
+            for t in (batch.tokens, tokens)
+        )
+        # Without the boundaries the later records do see it: this comparison can fail.
+        leaky, leaky_after = (
+            model(t, positions=batch.positions, boundaries=torch.tensor([0, bounds[-1]]))
+            for t in (batch.tokens, tokens)
+        )
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[span], after[span])
+    later = slice(bounds[changed + 1], None)
+    assert changed == 3 or not torch.equal(leaky[later], leaky_after[later])
+
+
+def _step(model: Llama, monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[int], dict[str, Tensor]]:
+    """Count how often each block runs in one step, and collect the gradients."""
+    calls: Counter[int] = Counter()
+    forward = Block.forward
+
+    def spy(self: Block, *args: Tensor, **rest: Tensor) -> Tensor:
+        calls[self.self_attn.layer] += 1
+        return forward(self, *args, **rest)
+
+    torch.manual_seed(5)
+    batch = flat_batch(random_records([(9, 1), (14, 1), (6, 1)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "forward", spy)
+        logits = model(batch.tokens, positions=batch.positions, boundaries=batch.boundaries)
+        logits.square().mean().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return calls, gradients
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_checkpointing_runs_each_block_twice_and_changes_no_gradient(
+    kind: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_llama(std=0.05).train()
+    for block in model.model.layers:
+        block.dropout = dropout  # the second run has to drop the same elements
+    trained = {name for name, _ in model.named_parameters()}
+    if kind == "lora":
+        # The embedding is frozen then: no input of the first block asks for a gradient.
+        inject_lora(model, LoRAConfig(rank=4, dropout=dropout), dtype=torch.float32)
+        randomise_lora(model)
+        trained = set(lora_parameters(model))
+    once, plain = _step(model, monkeypatch)
+    model.model.gradient_checkpointing = True
+    twice, checkpointed = _step(model, monkeypatch)
+    assert once == dict.fromkeys(range(SMALL.num_hidden_layers), 1)
+    assert twice == dict.fromkeys(range(SMALL.num_hidden_layers), 2)
+    assert plain.keys() == checkpointed.keys() == trained
+    assert all(gradient.abs().max() > 0 for gradient in checkpointed.values())
+    worst = max(max_difference(checkpointed[name], plain[name]) for name in plain)
+    print(f"{kind}, dropout {dropout}: {twice[0]} runs a block; max |difference| {worst:.1e}")
+    assert worst == 0.0
+
+
+def test_nothing_is_checkpointed_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("checkpointed without a gradient to compute")
+
+    monkeypatch.setattr("llama_lightning.model.llama.checkpoint", fail)
+    model = small_llama()
+    model.model.gradient_checkpointing = True
+    with torch.no_grad():
+        model(torch.randint(SMALL.vocab_size, (1, 4)))
+    with pytest.raises(AssertionError, match="checkpointed"):
+        model(torch.randint(SMALL.vocab_size, (1, 4)))

@@ -1,0 +1,212 @@
+"""Loss and LoRA gradients are those of transformers with PEFT, batched and one by one."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llama_lightning.model.llama import Llama
+from llama_lightning.model.lora import LoRAConfig, inject_lora
+from llama_lightning.model.loss import summed_cross_entropy, supervised_logits
+from llama_lightning.records import IGNORE_INDEX
+from tests.model.oracle import (
+    SMALL,
+    Flat,
+    Record,
+    flat_batch,
+    huggingface_twin,
+    lora_parameters,
+    max_difference,
+    padded_batch,
+    peft_twin,
+    random_records,
+    randomise_lora,
+    relative_difference,
+    small_llama,
+    without_fp32_casts,
+)
+
+LORA = LoRAConfig(rank=8, alpha=16.0)
+# float64 shows what rounding hides in fp32: an error of meaning is above both bounds.
+BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-9}
+# (length, prompt): a long and a short one side by side, one without a prompt beyond its first
+# token, and one whose last token alone carries loss.
+SHAPES = [(40, 17), (5, 2), (64, 1), (23, 22), (31, 12)]
+
+
+@pytest.fixture(params=list(BOUNDS), ids=["fp32", "float64"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    if request.param == torch.float64:
+        without_fp32_casts(monkeypatch)
+    return request.param
+
+
+def _model(dtype: torch.dtype) -> Llama:
+    model = small_llama(std=0.05).to(dtype)
+    inject_lora(model, LORA, dtype=dtype)
+    return model
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of A and B; nothing else may have one."""
+    model.zero_grad()
+    loss.backward()
+    parameters = lora_parameters(model)
+    trained = {id(p) for p in parameters.values()}
+    assert all(p.grad is None for p in model.parameters() if id(p) not in trained)
+    gradients = {name: p.grad for name, p in parameters.items()}
+    assert all(g is not None and g.abs().max() > 0 for g in gradients.values())
+    return gradients
+
+
+def _loss(model: Llama, batch: Flat) -> Tensor:
+    hidden = model.model(batch.tokens, positions=batch.positions, boundaries=batch.boundaries)
+    return summed_cross_entropy(*supervised_logits(hidden, model.lm_head, batch.labels))
+
+
+def _num_targets(records: Sequence[Record]) -> int:
+    return sum(len(r.tokens) - r.num_prompt for r in records)
+
+
+def _worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(relative_difference(ours[name], theirs[name]) for name in ours)
+
+
+def _oracle(
+    model: Llama, lora: dict[str, Tensor], records: Sequence[Record]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss and gradients of transformers with PEFT on the padded batch."""
+    base = small_llama(std=0.05).to(next(model.parameters()).dtype)
+    base.load_state_dict(
+        {k.replace("base_layer.", ""): v for k, v in model.state_dict().items() if k not in lora}
+    )
+    oracle = peft_twin(huggingface_twin(base), LORA, lora)
+    batch = padded_batch(records)
+    out = oracle(**batch, use_cache=False)
+    loss = out.loss
+    if out.logits.dtype == torch.float64:  # its own loss goes through float32
+        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    return loss, _gradients(loss, oracle)
+
+
+def test_loss_and_lora_gradients_equal_peft(dtype: torch.dtype) -> None:
+    model, records = _model(dtype), random_records(SHAPES)
+    lora = randomise_lora(model)
+    loss = _loss(model, flat_batch(records)) / _num_targets(records)
+    ours = _gradients(loss, model)
+    oracle_loss, theirs = _oracle(model, lora, records)
+    loss_error = relative_difference(loss.detach(), oracle_loss.detach().to(dtype))
+    worst = _worst(ours, theirs)
+    print(
+        f"{dtype}: loss {loss.item():.4f}, relative difference {loss_error:.1e}; worst of "
+        f"{len(ours)} gradients {worst:.1e} (bound {BOUNDS[dtype]:.0e})"
+    )
+    assert loss_error <= BOUNDS[dtype]
+    assert worst <= BOUNDS[dtype]
+
+
+def test_a_batch_equals_its_records_one_by_one(dtype: torch.dtype) -> None:
+    model, records = _model(dtype), random_records(SHAPES)
+    randomise_lora(model)
+    loss = _loss(model, flat_batch(records))
+    together = _gradients(loss, model)
+    single_loss = torch.stack([_loss(model, flat_batch([record])) for record in records]).sum()
+    apart = _gradients(single_loss, model)
+    loss_error = relative_difference(loss.detach(), single_loss.detach())
+    worst = _worst(together, apart)
+    print(f"{dtype}: loss {loss_error:.1e}, worst gradient {worst:.1e} (bound {BOUNDS[dtype]:.0e})")
+    assert loss_error <= BOUNDS[dtype]
+    assert worst <= BOUNDS[dtype]
+
+
+def _no_boundaries(batch: Flat) -> Flat:
+    return batch._replace(boundaries=torch.tensor([0, len(batch.tokens)]))
+
+
+def _stretched(batch: Flat) -> Flat:
+    # Positions that only failed to restart would not show: attention sees how far tokens are apart.
+    return batch._replace(positions=batch.positions * 2)
+
+
+def _unshifted(batch: Flat) -> Flat:
+    return batch._replace(labels=batch.labels.roll(1))
+
+
+def _across_records(batch: Flat) -> Flat:
+    labels = batch.labels.clone()
+    labels[batch.boundaries[1] - 1] = batch.tokens[batch.boundaries[1]]
+    return batch._replace(labels=labels)
+
+
+BROKEN = {
+    "no boundaries": _no_boundaries,
+    "stretched positions": _stretched,
+    "labels not shifted": _unshifted,
+    "a label across records": _across_records,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_wrong_batch_fails_the_comparison(name: str) -> None:
+    model, records = _model(torch.float32), random_records(SHAPES)
+    lora = randomise_lora(model)
+    _, theirs = _oracle(model, lora, records)
+    loss = _loss(model, BROKEN[name](flat_batch(records))) / _num_targets(records)
+    worst = _worst(_gradients(loss, model), theirs)
+    print(f"{name}: worst gradient {worst:.1e} (bound {BOUNDS[torch.float32]:.0e})")
+    assert worst > 100 * BOUNDS[torch.float32]
+
+
+def test_only_supervised_positions_meet_the_head() -> None:
+    model, batch = small_llama(), flat_batch(random_records(SHAPES))
+    seen: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    with torch.no_grad():
+        hidden = model.model(batch.tokens, boundaries=batch.boundaries)
+        logits, targets = supervised_logits(hidden, model.lm_head, batch.labels)
+    num_targets = sum(length - prompt for length, prompt in SHAPES)
+    assert num_targets < len(batch.tokens)
+    assert seen == [num_targets * SMALL.hidden_size]
+    assert logits.shape == (num_targets, SMALL.vocab_size)
+    supervised = batch.labels != IGNORE_INDEX
+    assert torch.equal(targets, batch.labels[supervised])
+    with torch.no_grad():
+        everywhere = model(batch.tokens, boundaries=batch.boundaries)
+    difference = max_difference(logits, everywhere[supervised])
+    print(f"max |difference| to the logits of all positions {difference:.1e}")
+    assert difference <= 1e-5
+
+
+def test_rows_of_a_dense_batch_are_supervised_in_order() -> None:
+    labels = torch.tensor([[IGNORE_INDEX, 3], [4, IGNORE_INDEX]])
+    hidden = torch.randn(2, 2, 8)
+    head = nn.Linear(8, 5, bias=False)
+    logits, targets = supervised_logits(hidden, head, labels)
+    assert targets.tolist() == [3, 4]
+    assert max_difference(logits, head(torch.stack([hidden[0, 1], hidden[1, 0]]))) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_logits_are_fp32_at_least(stored: torch.dtype, computed: torch.dtype) -> None:
+    head = nn.Linear(8, 5, bias=False, dtype=stored)
+    logits, _ = supervised_logits(torch.randn(3, 8, dtype=stored), head, torch.tensor([1, 2, 3]))
+    assert logits.dtype == computed
+
+
+def test_no_label_at_all_is_a_loss_of_zero() -> None:
+    model = _model(torch.float32)
+    batch = flat_batch(random_records([(6, 3)]))
+    loss = _loss(model, batch._replace(labels=torch.full_like(batch.labels, IGNORE_INDEX)))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all((p.grad == 0).all() for p in lora_parameters(model).values())

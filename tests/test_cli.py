@@ -1,0 +1,223 @@
+"""Bad input ends in one line that says what, where and what to do, and in the right exit code.
+
+Each case runs the real command line up to its end; none gets as far as reading weights.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llama_lightning.cli import main
+from tests.small import write_byte_tokenizer, write_small_llama
+
+USAGE, DATA = 2, 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    write_small_llama(folder, vocab_size=512)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def run(base, tmp_path, monkeypatch, capfd):
+    """Call `fit` with a config of our own and return the exit code and what stood on stderr."""
+    monkeypatch.chdir(tmp_path)
+    # A weights file that cannot be read: reaching it would be another error than the one expected.
+    broken = tmp_path / "base"
+    broken.mkdir()
+    for file in base.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    records = [{"instruction": f"q{i}", "input": "", "output": "a"} for i in range(20)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model:\n  base_model: base\n  lora: {rank: 4}\n"
+        "data:\n  path: data.json\n  batch_size: 8\n"
+        "trainer: {max_steps: 2, accelerator: cpu}\n"
+    )
+
+    def call(*arguments: str, verb: str = "fit", text: str | None = None) -> tuple[int, str]:
+        if text is not None:
+            config.write_text(text)
+        code = main([verb, "--config", str(config), *arguments])
+        lines = capfd.readouterr().err.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert "Traceback" not in "\n".join(lines)
+        assert len(errors) == 1, lines
+        assert lines[-1] == errors[0], "the error must be the last word"
+        print(f"exit {code}: {errors[0]}")
+        return code, errors[0]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("--model.lora.rnak=3", "model.lora.rank"),
+        ("--model.lrr=3", "model.optimizer.lr"),
+        ("--data.batchsize=3", "data.batch_size"),
+        ("--trainer.max_step=3", "trainer.max_steps"),
+        ("--trainer.max_epoch=3", "trainer.max_epochs"),
+        ("--checkpoint.every=3", "checkpoint.every_n_train_steps"),
+        ("--response.path=x", "responses.path"),
+        ("--model.init_args.lora.rnak=3", "model.lora.rank"),
+    ],
+)
+def test_unknown_key_names_the_nearest(run, argument, nearest):
+    code, error = run(argument)
+    assert code == USAGE
+    assert error.endswith(f"did you mean {nearest}?")
+
+
+def test_unknown_key_in_yaml_names_key_and_file(run):
+    code, error = run(text="model:\n  base_model: base\n  lora:\n    rnak: 8\n")
+    assert code == USAGE
+    assert "model.lora.rnak" in error
+    assert "run.yaml" in error
+    assert "model.lora.rank" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the file is empty"),
+        ("model: [\n", "run.yaml, line 2"),
+        ("- a\n", "keys and values"),
+        ("trainor: {max_steps: 3}\n", "did you mean trainer.max_steps?"),
+    ],
+)
+def test_broken_config(run, text, said):
+    code, error = run(text=text)
+    assert code == USAGE
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--config=nix.yaml"], USAGE, "nix.yaml: no such file; there are run.yaml"),
+        (["--model.lora.rank=x"], USAGE, "model.lora.rank: expected a whole number, got x"),
+        (["--model.lora.rank=-1"], USAGE, "model.lora.rank is -1"),
+        (["--model.optimizer.lr=0"], USAGE, "model.optimizer.lr is 0.0"),
+        (["--model.optimizer.name=sgd"], USAGE, "one of 'adamw', 'adamw8bit', got sgd"),
+        (["--data.template=foo"], USAGE, "data.template: expected one of 'alpaca'"),
+        (["--model.generation.temperature=-1"], USAGE, "model.generation.temperature is -1.0"),
+        (["--model.dropout=1"], USAGE, "model.dropout is 1.0"),
+        (["--model.lora.target_modules=[foo]"], USAGE, "foo matches no linear layer; there are"),
+        (["--model.lora.target_modules=[lm_head]"], USAGE, "tied to the embedding"),
+        (["--trainer.max_epochs=2"], USAGE, "set one of them to null (--trainer.max_steps null)"),
+        (["--trainer.max_steps=null"], USAGE, "neither trainer.max_steps nor trainer.max_epochs"),
+        (["--trainer.accumulate_grad_batches=9"], USAGE, "data.batch_size 8 is smaller than"),
+        (["--trainer.precision=16-mixed"], USAGE, "trainer.precision 16-mixed: use one of"),
+        (["--trainer.devices=0"], USAGE, "devices"),
+        (["--data.val_fraction=2"], USAGE, "data.val_fraction is 2.0"),
+        (["--data.path=nix.json"], DATA, "nix.json: no such data file"),
+        (["--data.max_seq_len=8"], DATA, "prompt longer than data.max_seq_len"),
+        (["--model.base_model=nix"], DATA, "nix is not a folder here"),
+        (["--model.base_model=."], DATA, "has no config.json"),
+        (["--ckpt_path=nix.ckpt"], DATA, "nix.ckpt: no such file"),
+        (["--ckpt_path=http://127.0.0.1/x.ckpt"], DATA, "URLs are refused"),
+    ],
+)
+def test_wrong_value(run, arguments, code, said):
+    found, error = run(*arguments)
+    assert said in error
+    assert found == code
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_asked_for_and_absent(run):
+    code, error = run("--trainer.accelerator=cuda")
+    assert code == USAGE
+    assert "cpu" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[{]", "data.json, line 1, column 3: not JSON"),
+        ('{"instruction": "x"}', "a list of records is needed, not an object"),
+        ("[]", "no records"),
+        (
+            '[{"instruction": "x", "output": "y"}, {"prompt": "x"}]',
+            "row 1: no column 'instruction'",
+        ),
+        ('[{"instruction": "x", "output": 3}]', "row 0: 'output' is a int instead of a string"),
+        ('[{"instruction": "x", "output": ""}]', "nothing to learn in all 1 train records"),
+    ],
+)
+def test_broken_data(run, tmp_path, text, said):
+    (tmp_path / "data.json").write_text(text)
+    code, error = run("--data.val_fraction=0", "--data.test_fraction=0")
+    assert code == DATA
+    assert said in error
+
+
+def test_folder_without_weights(run, tmp_path):
+    (tmp_path / "base" / "model.safetensors").unlink()
+    code, error = run()
+    assert code == DATA
+    assert "has no weights (model.safetensors or" in error
+
+
+def test_damaged_weights(run):
+    code, error = run()
+    assert code == DATA
+    assert "damaged or cut" in error
+
+
+def test_tokenizer_larger_than_the_embedding(run, tmp_path):
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["vocab_size"] = 300
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    code, error = run()
+    assert code == USAGE
+    assert "has 512 tokens, the embedding of base only 300" in error
+
+
+def test_checkpoint_that_is_something_else(run, tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "weights.ckpt")
+    code, error = run("--ckpt_path=weights.ckpt")
+    assert code == DATA
+    assert "not a checkpoint written by `fit`" in error
+    (tmp_path / "empty.ckpt").touch()
+    code, error = run("--ckpt_path=empty.ckpt")
+    assert code == DATA
+    assert "damaged, or not a checkpoint" in error
+
+
+def test_hostile_checkpoint_runs_no_code(run, tmp_path, monkeypatch):
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"llama_lightning": Hostile()}, tmp_path / "hostile.ckpt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    code, _ = run("--ckpt_path=hostile.ckpt")
+    assert code == DATA
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_verb_and_unknown_verb(capsys):
+    assert main([]) == USAGE
+    assert "fit" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert main(["fti"]) == USAGE
+    assert "unknown verb fti; verbs are fit" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from llama_lightning.cli import main; main(['--help']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'tiktoken')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert result.returncode == 0

@@ -1,0 +1,110 @@
+"""The README's first commands: the embedded model learns to follow instructions."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _run(verb: str, run: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "llama_lightning", verb, "--config", "configs/tiny_lora.yaml"]
+    process = subprocess.run(
+        [*command, f"--trainer.default_root_dir={run}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def _exact_match(output: str) -> float:
+    found = re.search(r"exact match ([\d.]+)% \((\d+) of (\d+)\)", output)
+    assert found is not None, output
+    assert int(found[3]) >= 200
+    return float(found[1])
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    run = tmp_path_factory.mktemp("tiny")
+    start = time.monotonic()
+    output = _run("fit", run)
+    print(f"fit --config configs/tiny_lora.yaml: {time.monotonic() - start:.0f} s")
+    return run / "lightning_logs" / "version_0", output
+
+
+def test_learns_to_follow_instructions(fitted, tmp_path):
+    version, _ = fitted
+    base = _exact_match(_run("predict", tmp_path))
+    tuned = _exact_match(_run("predict", tmp_path, f"--ckpt_path={version}/checkpoints/last.ckpt"))
+    print(f"held-out exact match: base {base} %, fine-tuned {tuned} %")
+    assert base <= 10
+    assert tuned >= 90
+
+
+def test_leaves_what_the_readme_says(fitted):
+    version, output = fitted
+    assert (version / "config.yaml").is_file()
+    assert (version / "checkpoints" / "last.ckpt").is_file()
+    assert (version / "checkpoints" / "best.ckpt").is_file()
+    assert "Parameters" in output
+    # Without a terminal: plain lines with loss, speed and time left.
+    assert re.search(r"^fit \d+/\d+  loss [\d.]+ .*tokens/s  \d+:\d\d left$", output, re.MULTILINE)
+    assert not re.search(r"[\x00-\x08\x0e-\x1f]", output), "control characters in a log file"
+
+
+def test_scalars_in_tensorboard(fitted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    version, _ = fitted
+    events = EventAccumulator(str(version))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    print(sorted(scalars))
+    assert scalars >= {
+        "train/loss",
+        "train/perplexity",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "val/loss",
+        "val/perplexity",
+        "val/token_accuracy",
+        "perf/tokens_per_second",
+        "memory/peak_gib",
+    }
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses[-1] < losses[0]
+
+
+def test_response_rows(fitted, tmp_path):
+    version, _ = fitted
+    path = tmp_path / "responses.jsonl"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"instruction": "What is the capital of France?"}\n')
+    _run(
+        "predict",
+        tmp_path,
+        f"--ckpt_path={version}/checkpoints/last.ckpt",
+        f"--data.predict_path={prompts}",
+        f"--responses.path={path}",
+    )
+    (row,) = (json.loads(line) for line in path.read_text().split("\n") if line)
+    assert list(row) == [
+        "id",
+        "instruction",
+        "input",
+        "reference",
+        "response",
+        "num_tokens",
+        "finish_reason",
+    ]
+    assert row["finish_reason"] == "stop"
+    assert row["response"] == "Paris"
