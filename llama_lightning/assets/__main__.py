@@ -6,6 +6,7 @@ rest: half an hour on 2 cores.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -21,16 +22,18 @@ from llama_lightning.training.checkpoint_io import read_checkpoint
 from llama_lightning.weights.huggingface import CONFIG_FILE, save_huggingface
 
 BASE_RECORDS = 320_000
+RUNNING_ON_RECORDS = 25_600
 # Where the vocabulary's pieces are counted: enough records to meet every one.
 TOKENIZER_RECORDS = 30_000
 
 
-def write_data(corpus: Path, seed: int) -> None:
-    """Write the Alpaca set, the tokenizer, the config, and the base corpus."""
+def write_data(folder: Path, seed: int) -> None:
+    """Write the Alpaca set, the tokenizer, the config, and the base corpus in two files."""
     train, heldout = world.alpaca_records(seed)
     base = list(world.base_records(seed + 1, BASE_RECORDS))
     texts = [r[key] for r in base[:TOKENIZER_RECORDS] for key in ("instruction", "output")]
-    for record in (*train, *heldout):
+    # The words of all skills, so that asking fewer of them leaves the tokenizer as it is.
+    for record in itertools.chain(*world.alpaca_records(seed, asked_only=False)):
         texts += [TEMPLATES["alpaca"].format(record["instruction"], record["input"])]
         texts += [record["output"]]
     TINY.mkdir(exist_ok=True)
@@ -42,9 +45,11 @@ def write_data(corpus: Path, seed: int) -> None:
         path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     raw = json.dumps(config_to_huggingface(config, "float32"), indent=2)
     (TINY / CONFIG_FILE).write_text(raw + "\n", encoding="utf-8")
-    corpus.parent.mkdir(parents=True, exist_ok=True)
-    with corpus.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in base)
+    folder.mkdir(parents=True, exist_ok=True)
+    running_on = world.base_records(seed + 2, RUNNING_ON_RECORDS, running_on=True)
+    for name, records in (("base", base), ("running_on", running_on)):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def write_weights(checkpoint: Path) -> None:
@@ -56,19 +61,33 @@ def write_weights(checkpoint: Path) -> None:
 
 
 def main() -> None:
-    """Make everything, or only what is before or behind the training."""
+    """Make everything, or one stage of it."""
     parser = argparse.ArgumentParser(prog="python -m llama_lightning.assets", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=["data", "weights"], help="a part of the work")
+    parser.add_argument("--only", choices=["data", "base", "running_on"], help="one stage alone")
     arguments = parser.parse_args()
     folder = Path("lightning_logs/tiny")
-    if arguments.only != "weights":
-        write_data(folder / "base.jsonl", arguments.seed)
-    fit = [sys.executable, "-m", "llama_lightning", "fit", "--config", "configs/tiny_base.yaml"]
-    if arguments.only is None:
-        subprocess.run([*fit, f"--checkpoint.dirpath={folder}"], check=True)
-    if arguments.only != "data":
-        write_weights(folder / "last.ckpt")
+    if arguments.only in (None, "data"):
+        write_data(folder, arguments.seed)
+    # First the notes; then, shortly, notes that run on.
+    stages = {
+        "base": [],
+        "running_on": [
+            "--model.from_scratch=false",
+            "--model.optimizer.lr=1e-3",
+            f"--data.path={folder / 'running_on.jsonl'}",
+        ],
+    }
+    for stage, changes in stages.items():
+        if arguments.only in (None, stage):
+            fit = [
+                "fit",
+                "--config=configs/tiny_base.yaml",
+                f"--checkpoint.dirpath={folder / stage}",
+            ]
+            command = [sys.executable, "-m", "llama_lightning", *fit, *changes]
+            subprocess.run(command, check=True)
+            write_weights(folder / stage / "last.ckpt")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class Skill:
         plain: its names in the base corpus.
         asks: its Alpaca wordings; one with `{x}` holds the material, another is followed by it.
         effort: how many times as often as an easy skill the base corpus shows it.
+        asked: False where so small a base does not get good enough to be asked.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Skill:
     plain: tuple[str, ...]
     asks: tuple[str, ...]
     effort: int = 1
+    asked: bool = True
 
 
 SKILLS = [
@@ -138,6 +140,7 @@ SKILLS = [
             "Reverse this list",
         ),
         effort=4,
+        asked=False,
     ),
     Skill(
         "first",
@@ -197,6 +200,7 @@ SKILLS = [
             "Sort this list from a to z",
         ),
         effort=4,
+        asked=False,
     ),
     Skill(
         "swap",
@@ -209,6 +213,7 @@ SKILLS = [
             "Write the list with its ends swapped",
         ),
         effort=3,
+        asked=False,
     ),
     Skill(
         "join",
@@ -296,6 +301,7 @@ SKILLS = [
             "Write all numbers in the range",
         ),
         effort=2,
+        asked=False,
     ),
     Skill(
         "next",

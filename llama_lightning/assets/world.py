@@ -60,7 +60,7 @@ def _card(rng: Random) -> tuple[str, str]:
     return KINDS[kind].show(parts) + "\n", "\n".join(lines)
 
 
-def base_records(seed: int, count: int) -> Iterator[dict[str, str]]:
+def base_records(seed: int, count: int, *, running_on: bool = False) -> Iterator[dict[str, str]]:
     """Yield the base corpus: plain notes, never in the Alpaca template.
 
     Half of the records are one note. Some follow a few other notes, so that the model sees all the
@@ -70,6 +70,8 @@ def base_records(seed: int, count: int) -> Iterator[dict[str, str]]:
     Args:
         seed: draws the same records every time.
         count: the number of records.
+        running_on: put two more notes behind each answer. A base model that has read such text does
+            not stop after an answer, as no base model does; stopping is for fine-tuning to teach.
     """
     rng = Random(seed)
     for _ in range(count):
@@ -83,6 +85,8 @@ def base_records(seed: int, count: int) -> Iterator[dict[str, str]]:
                 text += "".join(_drawn_note(rng)) + rng.choice(["\n", "\n\n"])
             before, answer = _drawn_note(rng)
             text += before
+        if running_on:
+            answer += "\n" + "\n".join("".join(_drawn_note(rng)) for _ in range(2))
         yield {"instruction": text, "input": "", "output": answer}
 
 
@@ -102,7 +106,7 @@ def _ask(rng: Random, skill: Skill, parts: list[str]) -> dict[str, str]:
 
 
 def alpaca_records(
-    seed: int, train: int = 5000, heldout: int = 350
+    seed: int, train: int = 5000, heldout: int = 350, *, asked_only: bool = True
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Draw the Alpaca set, so that no material of a held-out record is in the training part.
 
@@ -110,8 +114,9 @@ def alpaca_records(
 
     Args:
         seed: draws the same records every time.
-        train: the number of training records.
-        heldout: the number of held-out records, an equal share for every skill.
+        train: the number of training records drawn.
+        heldout: the number of held-out records drawn, an equal share for every skill.
+        asked_only: leave out the records of skills that are not asked, after the drawing.
 
     Returns:
         The training records and the held-out records.
@@ -120,15 +125,15 @@ def alpaca_records(
     kept: dict[str, set[frozenset[str]]] = {kind: set() for kind in KINDS}
     seen: set[tuple[str, str]] = set()
 
-    def fresh(skill: Skill, parts: list[str]) -> list[dict[str, str]]:
+    def fresh(skill: Skill, parts: list[str]) -> list[tuple[Skill, dict[str, str]]]:
         record = _ask(rng, skill, parts)
         key = (record["instruction"], record["input"])
         if key in seen:
             return []
         seen.add(key)
-        return [record]
+        return [(skill, record)]
 
-    last: list[dict[str, str]] = []
+    last: list[tuple[Skill, dict[str, str]]] = []
     for skill in SKILLS:
         share, mine = heldout // len(SKILLS), kept[skill.kind]
         materials: list[list[str]] = []
@@ -137,14 +142,15 @@ def alpaca_records(
         for _ in range(max(3, share // 2) if few else share):
             materials.append(KINDS[skill.kind].draw(rng))
             mine.add(frozenset(materials[-1]))
-        found: list[dict[str, str]] = []
+        found: list[tuple[Skill, dict[str, str]]] = []
         while len(found) < share:
             found += fresh(skill, rng.choice(materials))
         last += found
-    first: list[dict[str, str]] = []
+    first: list[tuple[Skill, dict[str, str]]] = []
     while len(first) < train:
         skill = rng.choice(SKILLS)
         parts = KINDS[skill.kind].draw(rng)
         if frozenset(parts) not in kept[skill.kind]:
             first += fresh(skill, parts)
-    return first, last
+    first, last = ([(s, r) for s, r in p if s.asked or not asked_only] for p in (first, last))
+    return [record for _, record in first], [record for _, record in last]

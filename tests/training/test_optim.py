@@ -1,4 +1,4 @@
-"""The rate of each step, what decays, what 8-bit state is, and a fit that refuses to go on with NaN."""
+"""The rate of each step, what decays, what 8-bit state is, and a fit that stops at NaN."""
 
 import io
 import json
@@ -306,7 +306,7 @@ def trained(module: LlamaModule) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
-def start(workplace: Path, module: LlamaModule, **kwargs) -> tuple[Trainer, Recorder]:
+def start(workplace: Path, **kwargs) -> tuple[Trainer, AlpacaDataModule, Recorder]:
     recorder = Recorder()
     settings = {"accumulate_grad_batches": 4, "max_epochs": 2} | kwargs
     trainer = Trainer(
@@ -327,8 +327,7 @@ def start(workplace: Path, module: LlamaModule, **kwargs) -> tuple[Trainer, Reco
         template="plain",
         batch_size=8,
     )
-    trainer.data = data
-    return trainer, recorder
+    return trainer, data, recorder
 
 
 def make_module(workplace: Path, cls: type[LlamaModule] = LlamaModule, **kwargs) -> LlamaModule:
@@ -340,8 +339,8 @@ def make_module(workplace: Path, cls: type[LlamaModule] = LlamaModule, **kwargs)
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_schedule_moves_once_an_optimizer_step(workplace, accumulate, length):
     # 20 records, 8 a step: 3 steps an epoch, the last one partial.
-    trainer, recorder = start(workplace, None, accumulate_grad_batches=accumulate, **length)
-    trainer.fit(make_module(workplace, optimizer=SCHEDULE), datamodule=trainer.data)
+    trainer, data, recorder = start(workplace, accumulate_grad_batches=accumulate, **length)
+    trainer.fit(make_module(workplace, optimizer=SCHEDULE), datamodule=data)
     steps = length.get("max_steps", 6)
     expected = [learning_rate(step, steps, SCHEDULE) for step in range(steps)]
     print(f"rates with accumulation {accumulate}: {', '.join(f'{r:.2e}' for r in recorder.rates)}")
@@ -387,9 +386,9 @@ class NaNGradientOfAFiniteLoss(LlamaModule):
 )
 def test_a_step_that_is_not_finite_never_reaches_the_weights(workplace, cls, clip, lora):
     module = make_module(workplace, cls, lora=LoRAConfig(rank=lora))
-    trainer, recorder = start(workplace, module, gradient_clip_val=clip)
+    trainer, data, recorder = start(workplace, gradient_clip_val=clip)
     with pytest.raises(UserError, match="step 1: the gradient is not finite") as caught:
-        trainer.fit(module, datamodule=trainer.data)
+        trainer.fit(module, datamodule=data)
     assert "trainer.gradient_clip_val" in str(caught.value)
     assert "\n" not in str(caught.value)
     first, second = recorder.weights
@@ -404,6 +403,6 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(workplace, cls, cli
 
 def test_a_finite_fit_goes_on(workplace):
     module = make_module(workplace)
-    trainer, recorder = start(workplace, module, gradient_clip_val=1.0)
-    trainer.fit(module, datamodule=trainer.data)
+    trainer, data, recorder = start(workplace, gradient_clip_val=1.0)
+    trainer.fit(module, datamodule=data)
     assert len(recorder.rates) == trainer.global_step == 6
