@@ -47,7 +47,7 @@ def write_data(folder: Path, seed: int) -> None:
     (TINY / CONFIG_FILE).write_text(raw + "\n", encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     running_on = world.base_records(seed + 2, RUNNING_ON_RECORDS, running_on=True)
-    for name, records in (("base", base), ("running_on", running_on)):
+    for name, records in {"base": base, "running_on": list(running_on)}.items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 

@@ -305,6 +305,22 @@ def test_samples_are_distributed_as_the_softmax(kind: str, temperature: float) -
     assert chi_square < CHI_SQUARE_BOUND < wrong
 
 
+def test_the_smallest_draw_takes_the_first_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, **rest: torch.zeros(size, dtype=rest["dtype"]))
+    logits = torch.tensor([[float("-inf"), float("-inf"), 0.0, 1.0]])
+    assert next_tokens(logits, 1.0, [row_generator(0, 0)]).tolist() == [2]
+
+
+def test_the_largest_draw_takes_the_last_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 1 - 2**-53
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, **rest: torch.full(size, largest, dtype=rest["dtype"])
+    )
+    logits = torch.cat([torch.randn(50, 997), torch.full((50, 1), float("-inf"))], dim=1)
+    tokens = next_tokens(logits, 1.0, [row_generator(0, row) for row in range(50)])
+    assert tokens.tolist() == [996] * 50
+
+
 def test_greedy_takes_the_likeliest() -> None:
     assert next_tokens(LOGITS[None], 0.0, [row_generator(0, 0)]).tolist() == [0]
 

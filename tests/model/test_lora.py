@@ -230,6 +230,17 @@ def test_the_update_is_computed_in_fp32() -> None:
     assert max_difference(layer(x), base(x) + update.bfloat16()) == 0.0
 
 
+def test_dropout_is_on_the_input_of_the_update() -> None:
+    layer = LoRALinear(torch.nn.Linear(192, 64), LoRAConfig(rank=8, dropout=0.5), torch.float32)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(5, 192)
+    torch.manual_seed(3)
+    out = layer(x)
+    torch.manual_seed(3)
+    update = layer.lora_B(layer.lora_A(F.dropout(x, 0.5))) * 2.0
+    assert torch.equal(out, layer.base_layer(x) + update)
+
+
 def test_dropout_is_on_the_update_and_only_in_training() -> None:
     model, tokens = small_llama(std=0.05), _tokens()
     base = model(tokens)

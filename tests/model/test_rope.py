@@ -23,6 +23,10 @@ from tests.model.oracle import (
 CONFIGS = {
     **PRESETS,
     "small": SMALL,
+    # No power of two: only then does the order of a division and a product change the last bit.
+    "factor 10": small_config(
+        head_dim=128, rope_scaling=RopeScaling(10.0, 0.7, 5.3, original_max_position_embeddings=999)
+    ),
     "short context": small_config(
         head_dim=16,
         rope_theta=10_000.0,

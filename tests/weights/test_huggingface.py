@@ -208,6 +208,10 @@ def _nan(weights: dict[str, Tensor]) -> None:
 
 
 def _infinite(weights: dict[str, Tensor]) -> None:
+    weights[UP_PROJ][0, 3] = float("inf")
+
+
+def _negative_infinite(weights: dict[str, Tensor]) -> None:
     weights[UP_PROJ][0, 3] = float("-inf")
 
 
@@ -259,6 +263,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "tensor misshapen": (_edit(_misshapen), [UP_PROJ, "(192, 320)", "(320, 192)"]),
     "NaN": (_edit(_nan), [UP_PROJ, "NaN or infinity"]),
     "infinity": (_edit(_infinite), [UP_PROJ, "NaN or infinity"]),
+    "negative infinity": (_edit(_negative_infinite), [UP_PROJ, "NaN or infinity"]),
     "int8": (_edit(_int8), [UP_PROJ, "int8", "quantised"]),
     "fp8": (_edit(_fp8), [UP_PROJ, "float8_e4m3fn", "quantised"]),
     "tied head that differs": (_edit(_another_head), ["lm_head.weight differs"]),
@@ -425,10 +430,11 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
 
 # --- memory ---
 
-# Anonymous memory is what the process itself fills; pages mapped from the file are not in it. It is
-# read whenever a tensor has just been put in place, which is when the most is held.
+# Anonymous memory is what the process itself fills; pages mapped from the file are not in it. A
+# thread reads it all the while, for a copy of one tensor may live only for some milliseconds.
 MEASURE = """
 import sys
+import threading
 from pathlib import Path
 import torch
 from llama_lightning.weights import huggingface
@@ -437,17 +443,20 @@ def anonymous():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
-peak, put = 0, huggingface._put
-def measured(*args):
+peak, loaded = 0, threading.Event()
+def watch():
     global peak
-    put(*args)
-    peak = max(peak, anonymous())
+    while not loaded.wait(0.001):
+        peak = max(peak, anonymous())
 
-huggingface._put = measured
 folder = Path(sys.argv[1])
 config = huggingface.read_config(folder)
+watcher = threading.Thread(target=watch)
 before = anonymous()
+watcher.start()
 model = huggingface.load_huggingface(folder, config, dtype=torch.bfloat16)
+loaded.set()
+watcher.join()
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 print(size, peak - before, anonymous() - before)
 """
