@@ -116,7 +116,7 @@ def test_broken_config(run, text, said):
         (["--trainer.max_epochs=2"], USAGE, "set one of them to null (--trainer.max_steps null)"),
         (["--trainer.max_steps=null"], USAGE, "neither trainer.max_steps nor trainer.max_epochs"),
         (["--trainer.accumulate_grad_batches=9"], USAGE, "data.batch_size 8 is smaller than"),
-        (["--trainer.precision=16-mixed"], USAGE, "trainer.precision 16-mixed: use one of"),
+        (["--trainer.precision=16-true"], USAGE, "trainer.precision 16-true: use one of"),
         (["--trainer.devices=0"], USAGE, "devices"),
         (["--data.val_fraction=2"], USAGE, "data.val_fraction is 2.0"),
         (["--data.path=nix.json"], DATA, "nix.json: no such data file"),
@@ -150,7 +150,7 @@ def test_cuda_asked_for_and_absent(run):
             '[{"instruction": "x", "output": "y"}, {"prompt": "x"}]',
             "row 1: no column 'instruction'",
         ),
-        ('[{"instruction": "x", "output": 3}]', "row 0: 'output' is a int instead of a string"),
+        ('[{"instruction": "x", "output": 3}]', "row 0: 'output' is a number instead of a string"),
         ('[{"instruction": "x", "output": ""}]', "nothing to learn in all 1 train records"),
     ],
 )
