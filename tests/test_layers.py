@@ -20,7 +20,7 @@ EVERYTHING = {"*"}
 # What each unit may import of the package, besides itself. A unit is a folder or a file on top. The
 # files beside assets/__init__.py make the embedded default: tools that nothing else imports.
 MAY_IMPORT: dict[str, set[str]] = {
-    "": EVERYTHING,  # the public names, imported at first use
+    "": {"data", "model", "training"},  # the public names, imported at first use
     "errors": set(),
     "records": set(),
     "assets": set(),
