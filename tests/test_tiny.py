@@ -117,20 +117,17 @@ def test_nearest_training_record_scores_little(train, heldout):
         assert right / len(heldout) <= 0.20
 
 
-def test_remade_from_the_seed(train, heldout):
+def test_remade_from_the_seed(train, heldout, tmp_path):
     assert world.alpaca_records(SEED) == (train, heldout)
-    base = [record for _, record in zip(range(TOKENIZER_RECORDS), _base(), strict=False)]
-    alpaca = TEMPLATES["alpaca"]
+    base = list(world.base_records(SEED + 1, TOKENIZER_RECORDS))
     assert not any("### Instruction" in record["instruction"] for record in base)
     texts = [record[key] for record in base for key in ("instruction", "output")]
-    for record in (*train, *heldout):
-        texts += [alpaca.format(record["instruction"], record["input"]), record["output"]]
-    tokens = bpe.train(texts, PRESETS["tiny"].vocab_size)
-    tokenizer = Tokenizer.from_path(TINY)
-    assert [tokenizer.encode(text) for text in ("Reverse", " backwards", "capital")] == [
-        [tokens.index(text.encode())] for text in ("Reverse", " backwards", "capital")
-    ]
-
-
-def _base():
-    return world.base_records(SEED + 1, TOKENIZER_RECORDS)
+    for part in world.alpaca_records(SEED, asked_only=False):
+        for record in part:
+            prompt = TEMPLATES["alpaca"].format(record["instruction"], record["input"])
+            texts += [prompt, record["output"]]
+    config = PRESETS["tiny"]
+    tokens = bpe.train(texts, config.vocab_size)
+    bpe.write_tokenizer(tmp_path, tokens, config.max_position_embeddings)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes()
