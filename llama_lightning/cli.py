@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     """Parse and run; turn the libraries' errors that a user can mend into one line."""
     import argparse
+    from pathlib import Path
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -114,7 +115,8 @@ def _run(arguments: list[str]) -> None:
         def check(self) -> None:
             """Everything that can be wrong and is not in a weights file."""
             if self.checkpoint is not None:
-                self.model.check_checkpoint(self.checkpoint)
+                resume = self.subcommand == "fit"
+                self.model.check_checkpoint(self.checkpoint, resume=resume)
             self.model.check_base()
             vocabulary, size = self.model.llama_config.vocab_size, self.datamodule.tokenizer.size
             if size > vocabulary:
@@ -134,9 +136,11 @@ def _run(arguments: list[str]) -> None:
         def after_fit(self) -> None:
             callback = self.trainer.checkpoint_callback
             if self.trainer.is_global_zero and isinstance(callback, LastAndBest):
-                last = callback.last_model_path
+                last = Path(callback.last_model_path or self.config.fit.ckpt_path)
                 print(f"trained weights: {last}")
-                print(f"next: python -m llama_lightning predict --config FILE --ckpt_path {last}")
+                config = self.config.fit.config
+                file = config[-1] if config else "FILE"
+                print(f"next: python -m llama_lightning predict --config {file} --ckpt_path {last}")
 
     strict = {"allow_abbrev": False, "exit_on_error": False}
     try:
@@ -148,7 +152,12 @@ def _run(arguments: list[str]) -> None:
             trainer_class=Trainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            parser_kwargs={"exit_on_error": False, **dict.fromkeys(NAMES, strict)},
+            auto_configure_optimizers=False,  # LlamaModule has its own
+            parser_kwargs={
+                "exit_on_error": False,
+                "prog": "python -m llama_lightning",
+                **dict.fromkeys(NAMES, strict),
+            },
             args=arguments,
         )
     except argparse.ArgumentError as error:
@@ -184,11 +193,14 @@ def _quiet_libraries() -> None:
     """Leave out advertising, and warnings about choices that are made on purpose here."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.setup"):
         logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
+    # It misses a kernel for 4-bit products on a CPU, which nothing here computes.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",  # records are in memory
         ".*is not an instance of.*StatefulDataLoader.*|.*mid-epoch.*",  # our sampler resumes
         ".*LightningCLI's args parameter.*",
         ".*LeafSpec.*",
+        ".*sync_dist=True.*",  # torchmetrics has reduced over the ranks already
         ".*Checkpoint directory .* exists.*",
         ".*dirpath has changed.*",
     ):

@@ -124,6 +124,9 @@ WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 
 def plain_reason(text: str) -> str:
     """Cut one of jsonargparse's messages down to its innermost key and reason."""
+    if missing := re.search(r"arguments are required: (.+)", text):
+        names = re.sub(r"\b\w+\.", "", missing[1])  # without the verb
+        return f"{names}: not given; name a config, e.g. --config configs/tiny_lora.yaml"
     keys = [k for k in dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)) if k != "init_args"]
     wanted = []
     for kind in re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", text, re.MULTILINE):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.random_llama import write_random_llama
 
@@ -49,6 +50,8 @@ def test_fit_and_predict(base, tmp_path):
     output, fit_seconds, fit_gib = _run("fit", tmp_path, *model, *steps)
     checkpoint = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     share = checkpoint.stat().st_size / weight_bytes
+    trained = torch.load(checkpoint, weights_only=True)["state_dict"].values()
+    trained_share = sum(tensor.nbytes for tensor in trained) / weight_bytes
     rate = re.findall(r"([\d,]+) tokens/s", output)[-1]
 
     prompts = tmp_path / "prompts.json"
@@ -68,12 +71,15 @@ def test_fit_and_predict(base, tmp_path):
     print(
         f"1B shape, {os.cpu_count()} cores: fit (2 steps of 8 records) {fit_seconds:.0f} s at "
         f"{rate} tokens/s, {fit_gib:.1f} GiB; predict (8 rows, 16 tokens) {predict_seconds:.0f} s; "
-        f"peak {gib:.1f} GiB; checkpoint {share:.2%} of the base"
+        f"peak {gib:.1f} GiB; trained weights {trained_share:.2%} of the base, "
+        f"a checkpoint with the optimizer's 8-bit state {share:.2%}"
     )
     assert [row["id"] for row in rows] == list(range(8))
     assert all(row["num_tokens"] <= 16 for row in rows)
+    assert trained_share < 0.01
     assert share < 0.015
     assert gib < 12
+    assert fit_seconds + predict_seconds < 600
 
 
 def test_loading_takes_no_second_copy(base):

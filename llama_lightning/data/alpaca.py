@@ -326,10 +326,18 @@ class AlpacaDataModule(LightningDataModule):
                 f"data.template is '{self.template_name}', but the checkpoint was trained with "
                 f"'{state_dict['template']}'; set data.template to that"
             )
+        verb = self.trainer.state.fn if self.trainer else None
+        fitting = verb == "fit"
+        files = {
+            "predict": self.predict_file or self.test_file,
+            "test": self.test_file,
+            "validate": self.val_file,
+        }
+        if files.get(verb or "") is not None:
+            return  # no part of the training file is read, which need not even be there
         stored, ours = state_dict["identity"], self._identity()
-        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         if not fitting:
-            if self.predict_file or self.test_file or stored["data.path"] != ours["data.path"]:
+            if stored["data.path"] != ours["data.path"]:
                 return
             # The same file split otherwise: the test part would hold records that were trained on.
             split = ("data.seed", "data.val_fraction", "data.test_fraction")
@@ -340,4 +348,13 @@ class AlpacaDataModule(LightningDataModule):
                 f"the run differs from the checkpoint's: {shown}. Set them as they were, or start "
                 "a new run without --ckpt_path"
             )
-        self._resume_at = int(state_dict["micro_batches"]) if fitting else 0
+        if not fitting:
+            return
+        done = int(state_dict["micro_batches"])
+        if done % self.accumulate:
+            raise CheckpointError(
+                f"the checkpoint was written by a validation inside an optimizer step (micro-batch "
+                f"{done % self.accumulate} of {self.accumulate}), whose gradients are not in it; "
+                "resume from last.ckpt. predict takes this one"
+            )
+        self._resume_at = done

@@ -3,19 +3,25 @@
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
 from llama_lightning.records import Batch
+from llama_lightning.training.signals import Stopped
 
 
 class LastAndBest(ModelCheckpoint):
     """Keep two files: `last.ckpt` to go on from, and `best.ckpt` by validation loss.
+
+    last.ckpt is only ever written between two optimizer steps, for the gradients accumulated inside
+    a step are not in the file. A validation may fall inside one: it writes best.ckpt alone.
 
     Args:
         every_n_train_steps: write last.ckpt after so many optimizer steps, and always at the end;
@@ -48,9 +54,26 @@ class LastAndBest(ModelCheckpoint):
         if self.every and trainer.global_step % self.every == 0:
             self._write_last(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write best.ckpt if this validation was the best so far."""
+        # Lightning's own would skip it where last.ckpt has just been written at the same step.
+        dry = trainer.fast_dev_run or trainer.sanity_checking  # type: ignore[attr-defined]
+        if trainer.state.fn == TrainerFn.FITTING and not dry:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write last.ckpt, so that fit always ends with one."""
         self._write_last(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write last.ckpt when a signal stopped the run between two steps."""
+        if isinstance(exception, Stopped) and exception.step_complete:
+            self._write_last(trainer)
+            if trainer.is_global_zero:
+                path = Path(self.last_model_path)
+                print(f"stopped behind step {trainer.global_step}; go on with --ckpt_path {path}")
 
     def _write_last(self, trainer: Trainer) -> None:
         # The count stands still during an accumulation: write once, and only what is new.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -262,25 +263,35 @@ class LlamaModule(LightningModule):
         checkpoint["llama_lightning"] = {
             "base_model": self.base_model,
             "base_fingerprint": self._base_fingerprint,
-            "lora": {**asdict(self.lora), "target_modules": sorted(self.lora.target_modules)},
-            "qkv_bias": self.llama_config.qkv_bias,
+            "settings": self._settings(),
         }
 
-    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint is only meaningful with, by the names of its keys."""
+        lora = {**asdict(self.lora), "target_modules": sorted(self.lora.target_modules)}
+        optimizer = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
+        # Rates and decay stand in the optimizer's state too, which would override ours in silence.
+        return {
+            **{f"model.lora.{k}": value for k, value in lora.items() if k != "dropout"},
+            "model.qkv_bias": self.llama_config.qkv_bias,
+            **{f"model.optimizer.{k}": value for k, value in optimizer.items()},
+        }
+
+    def check_checkpoint(self, checkpoint: dict[str, Any], *, resume: bool) -> None:
         """Compare a checkpoint with this run's settings, before weights are read.
 
+        Args:
+            checkpoint: what `read_checkpoint` gave.
+            resume: whether training goes on with it; only then the optimizer matters.
+
         Raises:
-            CheckpointError: it was trained with another LoRA or other biases.
+            CheckpointError: it was trained with other settings.
         """
-        stored = checkpoint["llama_lightning"]
-        lora = {**asdict(self.lora), "target_modules": sorted(self.lora.target_modules)}
-        ours = {f"model.lora.{key}": value for key, value in lora.items() if key != "dropout"}
-        theirs = {f"model.lora.{key}": value for key, value in stored["lora"].items()}
-        ours["model.qkv_bias"] = self.llama_config.qkv_bias
-        theirs["model.qkv_bias"] = stored["qkv_bias"]
-        if differing := [key for key, value in ours.items() if value != theirs.get(key)]:
+        ours, theirs = self._settings(), checkpoint["llama_lightning"]["settings"]
+        keys = [k for k in ours if resume or not k.startswith("model.optimizer.")]
+        if differing := [key for key in keys if ours[key] != theirs.get(key)]:
             shown = "; ".join(
-                f"{k} is {ours[k]}, the checkpoint has {theirs[k]}" for k in differing
+                f"{k} is {ours[k]}, the checkpoint has {theirs.get(k)}" for k in differing
             )
             raise CheckpointError(f"{shown}. Set the checkpoint's value, or leave --ckpt_path out")
 
@@ -290,12 +301,12 @@ class LlamaModule(LightningModule):
         Raises:
             CheckpointError: other settings, another base, or other tensors.
         """
-        self.check_checkpoint(checkpoint)
+        self.check_checkpoint(checkpoint, resume=self.trainer.state.fn == TrainerFn.FITTING)
         stored = checkpoint["llama_lightning"]
         if self.lora.rank and stored["base_fingerprint"] != self._base_fingerprint:
             raise CheckpointError(
                 f"model.base_model {self.base_model} is not the base of this checkpoint "
-                f"({stored['base_model']}): its norm weights differ"
+                f"({stored['base_model']}): its weights differ"
             )
         shapes = {name: list(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         trained = self._trained_shapes()
@@ -309,10 +320,10 @@ class LlamaModule(LightningModule):
 
 
 def _fingerprint(model: Llama) -> str:
-    """Tell one base from another by its norm weights: small, and trained in every model."""
+    """Tell one base from another by some 64 weights of each tensor, which is quick at any size."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            # In bf16, so that base_dtype does not matter.
-            digest.update(parameter.detach().bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    for parameter in model.parameters():
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+        # In bf16, so that base_dtype does not matter.
+        digest.update(sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -74,10 +74,8 @@ class RunProgress(ProgressBar):
         self._printed = now
         left = (now - self._started) / max(1, done - self._first) * (self._total - done)
         minutes, seconds = divmod(round(left), 60)
-        print(
-            f"{self._what} {done}/{self._total}  {metrics}  {minutes}:{seconds:02d} left",
-            flush=True,
-        )
+        parts = (f"{self._what} {done}/{self._total}", metrics, f"{minutes}:{seconds:02d} left")
+        print("  ".join(part for part in parts if part), flush=True)
 
     def _stop(self) -> None:
         if self._bar is not None:

@@ -9,6 +9,7 @@ from llama_lightning.errors import UsageError
 from llama_lightning.training.callbacks import ParameterTable, Throughput
 from llama_lightning.training.checkpoint_io import AtomicCheckpointIO
 from llama_lightning.training.progress import RunProgress
+from llama_lightning.training.signals import StopOnSignal
 
 # fp16 needs a loss scaler, whose overflows the check for finite gradients would stop.
 PRECISIONS = ("bf16-mixed", "bf16-true", "32-true", "64-true")
@@ -23,11 +24,13 @@ class Trainer(pl.Trainer):
     """
 
     def __init__(self, *, max_steps: int | None = None, **kwargs: Any) -> None:
+        # The paths that a run prints are then those that a user types.
+        kwargs["default_root_dir"] = kwargs.get("default_root_dir") or "."
         # Lightning's sampler repeats and reorders records; the data module shares them out.
         kwargs["use_distributed_sampler"] = False
         given = kwargs.get("callbacks") or []
         callbacks = [given] if isinstance(given, pl.Callback) else list(given)
-        callbacks += [Throughput(), ParameterTable()]
+        callbacks += [StopOnSignal(), Throughput(), ParameterTable()]
         shown = kwargs.get("enable_progress_bar") is not False
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(RunProgress())

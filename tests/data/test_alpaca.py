@@ -357,7 +357,7 @@ def test_a_resumed_loader_goes_on_where_the_other_stopped(module, tmp_path):
     whole = micro_batches(data)
     assert len(whole) == 18  # 36 records
     progress = data.trainer.fit_loop.epoch_loop.batch_progress
-    for done, is_last, left in [(0, False, 18), (6, False, 12), (17, False, 1), (18, True, 18)]:
+    for done, is_last, left in [(0, False, 18), (6, False, 12), (16, False, 2), (18, True, 18)]:
         progress.current.processed, progress.is_last_batch = done, is_last
         state = json.loads(json.dumps(data.state_dict()))  # plain values: no pickle of ours
         resumed = fitting(module(numbered(40), batch_size=4), tmp_path, accumulate_grad_batches=2)
@@ -365,6 +365,9 @@ def test_a_resumed_loader_goes_on_where_the_other_stopped(module, tmp_path):
         resumed.setup("fit")
         assert micro_batches(resumed) == whole[len(whole) - left :]
         assert micro_batches(resumed) == whole  # the epoch after it
+    progress.current.processed, progress.is_last_batch = 17, False
+    with pytest.raises(CheckpointError, match=r"inside an optimizer step \(micro-batch 1 of 2\)"):
+        resumed.load_state_dict(data.state_dict())
 
 
 DIFFERENT = {
@@ -435,6 +438,10 @@ def test_evaluation_refuses_only_what_would_leak(module, tmp_path):
     # The same file split otherwise: its test part was trained on.
     with pytest.raises(CheckpointError, match="data.seed is 3, was 0"):
         evaluating(numbered(40), seed=3).load_state_dict(state)
+    # Prompts of their own: the training file need not be on this machine.
+    elsewhere = evaluating(numbered(40), seed=3, predict_path=str(tmp_path / "prompts.json"))
+    elsewhere.train_file = tmp_path / "nowhere.json"
+    elsewhere.load_state_dict(state)
     # A template that differs changes every prompt, in evaluation too.
     with pytest.raises(CheckpointError, match="data.template is 'alpaca'"):
         evaluating(numbered(40), template="alpaca").load_state_dict(state)

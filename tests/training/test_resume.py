@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_lightning.cli import main
 from tests.small import write_byte_tokenizer, write_small_llama
@@ -83,7 +84,7 @@ def _arguments(workplace: Path, run: Path, every: int) -> list[str]:
         "trainer.max_epochs": EPOCHS,
         "trainer.accumulate_grad_batches": 2,
         "trainer.gradient_clip_val": 1.0,
-        "trainer.val_check_interval": 10,
+        "trainer.val_check_interval": 9,  # odd: every other validation falls inside a step
         "trainer.accelerator": "cpu",
         "trainer.default_root_dir": run,
         "checkpoint.dirpath": run,
@@ -97,11 +98,15 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _run(
-    processes, arguments: list[str], run: Path, kill_after: float | None = None
+    processes,
+    arguments: list[str],
+    run: Path,
+    kill_after: float | None = None,
+    signum: int = signal.SIGKILL,
 ) -> float | None:
-    """Start fit; kill it so many seconds after its first checkpoint.
+    """Start fit; send it a signal so many seconds after its first checkpoint.
 
-    Return the seconds from the first checkpoint to the end, or None if it was killed.
+    Return the seconds from the first checkpoint to the end, or None if the signal ended it.
     """
     process = processes.Process(target=_fit, args=(arguments, str(run / "log.txt")))
     process.start()
@@ -109,12 +114,14 @@ def _run(
         time.sleep(0.002)
     start = time.monotonic()
     process.join(kill_after)
+    ended_by = 0
     if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        return None
-    assert process.exitcode == 0, (run / "log.txt").read_text()
-    return time.monotonic() - start
+        os.kill(process.pid, signum)
+        process.join(60)
+        ended_by = -signum if signum == signal.SIGKILL else 128 + signum
+    log = (run / "log.txt").read_text()
+    assert process.exitcode in (0, ended_by), f"exit code {process.exitcode}\n{log}"
+    return time.monotonic() - start if process.exitcode == 0 else None
 
 
 def _assert_bitwise_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -134,19 +141,27 @@ def uninterrupted(processes, workplace, tmp_path_factory):
     # bitsandbytes keeps its quantised moments in a dictionary of its own.
     moments = [s.get("__bnb_optimizer_quant_state__", s)["state1"].dtype for s in states]
     assert torch.uint8 in moments, f"no 8-bit state in this test: {set(moments)}"
-    return _weights(run / "last.ckpt"), seconds
+    return _weights(run / "last.ckpt"), seconds, run / "last.ckpt"
 
 
-def test_killed_at_random_moments(processes, workplace, uninterrupted, tmp_path):
-    expected, seconds = uninterrupted
+@pytest.mark.parametrize(
+    ("signum", "every"),
+    # Asked to stop, the run writes its checkpoint itself; the first is only there to start the
+    # clock.
+    [(signal.SIGKILL, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+    ids=["kill -9", "SIGTERM", "Ctrl-C"],
+)
+def test_stopped_at_random_moments(processes, workplace, uninterrupted, tmp_path, signum, every):
+    expected, seconds, _ = uninterrupted
     rng = random.Random(time.time_ns())
-    trials, kills = 6, 0
+    trials, kills = (6 if signum == signal.SIGKILL else 2), 0
     killed_at = []
     for trial in range(trials):
         run = tmp_path / str(trial)
         run.mkdir()
-        arguments = _arguments(workplace, run, 1)
-        if _run(processes, arguments, run, kill_after=rng.uniform(0, seconds)) is None:
+        arguments = _arguments(workplace, run, every)
+        moment = rng.uniform(0, 0.9 * seconds)
+        if _run(processes, arguments, run, kill_after=moment, signum=signum) is None:
             kills += 1
             step = torch.load(run / "last.ckpt", weights_only=True)["global_step"]
             killed_at.append(step)
@@ -158,9 +173,60 @@ def test_killed_at_random_moments(processes, workplace, uninterrupted, tmp_path)
     assert kills >= trials // 2, "too few runs were alive to be killed; the trial says little"
 
 
+def test_best_is_the_best_of_all_validations(processes, workplace, tmp_path):
+    # A validation at the very step of a last.ckpt must not be passed over.
+    arguments = _arguments(workplace, tmp_path, 1)
+    _run(processes, [*arguments, "--trainer.val_check_interval=26"], tmp_path)
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("val/loss")}
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"]
+    print(f"validation losses by step: {losses}; best.ckpt is of step {best}")
+    assert len(losses) == EPOCHS
+    assert losses[best - 1] == min(losses.values())
+
+
+def test_a_checkpoint_from_inside_a_step_is_not_resumed(processes, workplace, tmp_path):
+    # The first validation, at micro-batch 9 of steps of 2, writes best.ckpt.
+    arguments = [*_arguments(workplace, tmp_path, 1), "--trainer.limit_val_batches=1"]
+    _run(processes, [*arguments, "--trainer.max_epochs=null", "--trainer.max_steps=5"], tmp_path)
+    best = tmp_path / "best.ckpt"
+    process = processes.Process(
+        target=_fit, args=([*arguments, f"--ckpt_path={best}"], str(tmp_path / "resumed.txt"))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 3
+    last_line = (tmp_path / "resumed.txt").read_text().splitlines()[-1]
+    print(last_line)
+    assert "written by a validation inside an optimizer step (micro-batch 1 of 2)" in last_line
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("model.optimizer.lr=0.1", "model.optimizer.lr is 0.1, the checkpoint has 0.003"),
+        ("model.optimizer.weight_decay=0.5", "weight_decay is 0.5, the checkpoint has 0.01"),
+        ("model.lora.alpha=4", "model.lora.alpha is 4.0, the checkpoint has 16.0"),
+        ("model.qkv_bias=true", "model.qkv_bias is True, the checkpoint has False"),
+        ("data.batch_size=4", "data.batch_size is 4, was 8"),
+        ("data.template=plain", "but the checkpoint was trained with 'alpaca'"),
+    ],
+)
+def test_a_setting_unlike_the_checkpoints_is_never_passed_over(
+    workplace, uninterrupted, tmp_path, capfd, argument, said
+):
+    _, _, checkpoint = uninterrupted
+    arguments = _arguments(workplace, tmp_path, 1)
+    assert main(["fit", *arguments, f"--{argument}", f"--ckpt_path={checkpoint}"]) == 3
+    error = capfd.readouterr().err.splitlines()[-1]
+    print(error)
+    assert said in error
+
+
 @pytest.mark.parametrize("step", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 4])
 def test_resume_at_an_epochs_end_and_inside(processes, workplace, uninterrupted, tmp_path, step):
-    expected, _ = uninterrupted
+    expected, *_ = uninterrupted
     arguments = _arguments(workplace, tmp_path, step)
     # Killed when its first checkpoint appears: without validations, which write one too, and which
     # must not change what is trained, that is the one of this step.

@@ -1,0 +1,96 @@
+"""Responses reach their file as they finish, whoever computes them and however the run ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [
+    {"instruction": f"Repeat.\u2028 {i}", "input": "" if i % 3 else f"{i}", "output": f"{i}"}
+    for i in range(23)
+]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    path.write_text(json.dumps(PROMPTS))
+    return path
+
+
+def _command(prompts: Path, target: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "llama_lightning", "predict", "--config=configs/tiny_lora.yaml"),
+        f"--data.predict_path={prompts}",
+        f"--responses.path={target}",
+        f"--trainer.default_root_dir={target.parent}",
+        *arguments,
+    ]
+
+
+def _rows(path: Path) -> list[dict]:
+    # Not splitlines(), which would cut at the U+2028 inside.
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+@pytest.fixture(scope="module")
+def alone(prompts, tmp_path_factory):
+    """The file of one process, all prompts in one batch."""
+    target = tmp_path_factory.mktemp("alone") / "responses.jsonl"
+    subprocess.run(
+        _command(prompts, target, "--data.eval_batch_size=23"),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    return target
+
+
+def test_rows_are_sorted_and_carry_their_record(alone):
+    rows = _rows(alone)
+    assert [row["id"] for row in rows] == list(range(23))
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        assert (row["instruction"], row["input"]) == (prompt["instruction"], prompt["input"])
+        assert row["reference"] == prompt["output"]
+        assert row["finish_reason"] in ("stop", "length")
+        assert row["num_tokens"] <= 32
+
+
+def test_two_ranks_write_the_file_of_one(prompts, alone, tmp_path):
+    # 23 prompts, 5 a batch, 2 ranks: the last batch is short and one rank has a batch less.
+    target = tmp_path / "responses.jsonl"
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.eval_batch_size=5")
+    result = subprocess.run(
+        _command(prompts, target, *two), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert target.read_bytes() == alone.read_bytes()
+    assert not list(tmp_path.glob("*.rank*")), "a rank's own file was left over"
+    assert result.stdout.count("exact match") == 1
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_predict_keeps_its_rows(tmp_path, signum, code):
+    target = tmp_path / "responses.jsonl"
+    many = tmp_path / "prompts.json"
+    many.write_text(json.dumps(PROMPTS * 40))
+    arguments = _command(many, target, "--data.eval_batch_size=1")
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not target.exists() or target.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.01)
+    os.kill(process.pid, signum)
+    process.communicate(timeout=20)
+    rows = _rows(target)
+    print(f"{signal.Signals(signum).name}: exit code {process.returncode}, {len(rows)} rows kept")
+    assert process.returncode == code
+    assert 3 <= len(rows) < 920
+    assert [row["id"] for row in rows] == list(range(len(rows)))
