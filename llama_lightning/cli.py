@@ -12,7 +12,7 @@ usage: python -m llama_lightning VERB --config FILE [--KEY VALUE ...]
 verbs:
   fit        fine-tune a base model; writes lightning_logs/version_N/
   validate   loss, perplexity and token accuracy of the validation part
-  test       the same of the test part
+  test       the same of the test part, and exact match and ROUGE-L of its answers
   predict    answer the test part (or data.predict_path); writes responses.jsonl
 
 Every key of the YAML file can be given on the command line: --model.lora.rank 8
@@ -61,29 +61,37 @@ def _run(arguments: list[str]) -> None:
 
     from llama_lightning.data.alpaca import AlpacaDataModule
     from llama_lightning.errors import UsageError
-    from llama_lightning.evaluation.callbacks import ResponseWriter
+    from llama_lightning.evaluation.callbacks import ResponseWriter, SampleResponses, TestScores
     from llama_lightning.training.callbacks import LastAndBest
     from llama_lightning.training.checkpoint_io import read_checkpoint
     from llama_lightning.training.llama_module import LlamaModule
+    from llama_lightning.training.memory import MemoryReport
     from llama_lightning.training.trainer import Trainer
-    from llama_lightning.usage import check_keys, parameter_keys, plain_reason
+    from llama_lightning.usage import check_keys, given_keys, parameter_keys, plain_reason
 
     _quiet_libraries()
 
     class RunConfig(SaveConfigCallback):
-        """Write config.yaml beside the run, and its values to TensorBoard's hparams page."""
+        """Write config.yaml beside the run, and what was chosen in it to the loggers."""
 
         def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            """Log the flat config as hyper-parameters."""
-            if trainer.logger is not None:
-                flat = {k: v for k, v in vars(self.config.as_flat()).items() if k != "config"}
-                trainer.logger.log_hyperparams({k: str(v) for k, v in flat.items()})
+            """Log the values that the config file and the command line give, not the defaults."""
+            given = {key for key, _ in given_keys(arguments[1:])}
+            chosen = {}
+            for key, value in vars(self.config.as_flat()).items():
+                name = key.replace(".init_args", "")
+                if name in given and value is not None:
+                    chosen[name] = value if isinstance(value, (bool, int, float)) else str(value)
+            for logger in trainer.loggers:
+                logger.log_hyperparams(chosen)
 
     class CLI(LightningCLI):
         """LightningCLI with our callbacks, and every check before weights are read."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(LastAndBest, "checkpoint")
+            parser.add_lightning_class_args(SampleResponses, "samples")
+            parser.add_lightning_class_args(MemoryReport, "memory")
             parser.add_lightning_class_args(ResponseWriter, "responses")
             parser.set_defaults({"seed_everything": 42, "trainer.log_every_n_steps": 10})
             parser.link_arguments(
@@ -95,6 +103,8 @@ def _run(arguments: list[str]) -> None:
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             verb = self._subcommand_parsers[arguments[0]]
+            if arguments[0] in ("validate", "test"):
+                verb.set_defaults({"verbose": False})  # see `report`
             known = list(verb.get_defaults().keys(branches=True))
             known += parameter_keys(LlamaModule, "model")
             known += parameter_keys(AlpacaDataModule, "data")
@@ -133,6 +143,14 @@ def _run(arguments: list[str]) -> None:
 
         before_validate = before_test = before_predict = check
 
+        def report(self) -> None:
+            """Print what was measured as one line; Lightning's table has a column a loader."""
+            measured = self.trainer.callback_metrics.items()
+            if self.trainer.is_global_zero:
+                print("  ".join(f"{name} {float(value):.4f}" for name, value in measured))
+
+        after_validate = after_test = report
+
         def after_fit(self) -> None:
             callback = self.trainer.checkpoint_callback
             if self.trainer.is_global_zero and isinstance(callback, LastAndBest):
@@ -150,6 +168,7 @@ def _run(arguments: list[str]) -> None:
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             trainer_class=Trainer,
+            trainer_defaults={"callbacks": [TestScores()]},
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # LlamaModule has its own

@@ -48,9 +48,10 @@ class PromptBatch(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """The answer to one prompt, as tokens."""
+    """One answer to one prompt, as tokens."""
 
     row_id: int
+    sample: int  # 0, 1 ... where a prompt has several answers
     tokens: list[int]  # without the stop token
     finish_reason: str  # "stop": the model ended it; "length": it was cut
 
@@ -65,3 +66,4 @@ class Response(NamedTuple):
     response: str
     num_tokens: int
     finish_reason: str
+    sample: int = 0  # written only where a prompt has several responses

@@ -56,6 +56,7 @@ def test_leaves_what_the_readme_says(fitted):
     assert (version / "checkpoints" / "last.ckpt").is_file()
     assert (version / "checkpoints" / "best.ckpt").is_file()
     assert "Parameters" in output
+    assert "Memory on cpu" in output
     # Without a terminal: plain lines with loss, speed and time left.
     assert re.search(r"^fit \d+/\d+  loss [\d.]+ .*tokens/s  \d+:\d\d left$", output, re.MULTILINE)
     assert not re.search(r"[\x00-\x08\x0e-\x1f]", output), "control characters in a log file"
@@ -79,9 +80,48 @@ def test_scalars_in_tensorboard(fitted):
         "val/token_accuracy",
         "perf/tokens_per_second",
         "memory/peak_gib",
+        "memory/host_peak_gib",
+        "memory/frozen_weights_gib",
+        "memory/trained_weights_gib",
+        "memory/gradients_gib",
+        "memory/optimizer_state_gib",
+        "memory/rest_of_peak_gib",
     }
+    assert {name.split("/")[0] for name in scalars} == {"train", "val", "perf", "memory"}
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0]
+
+
+def test_samples_in_tensorboard(fitted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    version, _ = fitted
+    events = EventAccumulator(str(version))
+    events.Reload()
+    tables = events.Tensors("samples/responses/text_summary")
+    assert [table.step for table in tables] == [0, 175, 350, 525, 700]
+    first, last = (t.tensor_proto.string_val[0].decode() for t in (tables[0], tables[-1]))
+    assert first.startswith("| id | instruction | input | reference | response |\n| --- |")
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in last.split("\n")[2:]]
+    assert len(rows) == 4
+    right = sum(row[3] == row[4] for row in rows)
+    print(f"samples: {right} of 4 right at the end\n{last}")
+    assert right >= 3
+    assert not any(row[3] == row[4] for row in [r.split(" | ") for r in first.split("\n")[2:]])
+
+
+def test_scores_in_the_test_verb(fitted, tmp_path):
+    version, _ = fitted
+    output = _run("test", tmp_path, f"--ckpt_path={version}/checkpoints/last.ckpt")
+    line = output.splitlines()[-1]
+    print(line)
+    values = dict(re.findall(r"(test/\w+) ([\d.]+)", line))
+    assert set(values) == {
+        f"test/{name}"
+        for name in ("loss", "perplexity", "token_accuracy", "exact_match", "rouge_l")
+    }
+    assert float(values["test/exact_match"]) >= 0.9
+    assert float(values["test/exact_match"]) <= float(values["test/rouge_l"]) <= 1
 
 
 def test_response_rows(fitted, tmp_path):

@@ -4,6 +4,7 @@ It owns the tokenizer and the template; the model receives tokens only.
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ class AlpacaDataModule(LightningDataModule):
         self.train_examples: list[Example] = []
         self.val_examples: list[Example] = []
         self.test_examples: list[Example] = []
+        self.val_rows: list[Row] = []
+        self.test_rows: list[Row] = []
         self.predict_rows: list[Row] = []
         self._resume_at = 0  # micro-batches of the current epoch that a resumed run has done
 
@@ -173,8 +176,10 @@ class AlpacaDataModule(LightningDataModule):
         if stage == "predict":
             self.predict_rows = self._not_empty(test, "test")
         elif stage == "test":
-            self.test_examples = self._encode(self._not_empty(test, "test"), "test")
+            self.test_rows = self._not_empty(test, "test")
+            self.test_examples = self._encode(test, "test")
         else:
+            self.val_rows = val
             self.val_examples = self._encode(val, "val") if val else []
             if stage == "fit":
                 self.train_examples = self._encode(self._not_empty(train, "train"), "train")
@@ -249,19 +254,24 @@ class AlpacaDataModule(LightningDataModule):
         """Validation records in file order."""
         return self._eval_loader(self.val_examples) if self.val_examples else []
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Test records in file order."""
-        return self._eval_loader(self.test_examples)
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Test records in file order: with their labels to measure, then as prompts to answer."""
+        return [self._eval_loader(self.test_examples), self._prompt_loader(self.test_rows)]
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
-        """Prompts to answer, in file order, shared out over the ranks by whole batches."""
-        size, batches = self.eval_batch_size, []
-        for start in range(self.rank * size, len(self.predict_rows), self.world_size * size):
-            rows = self.predict_rows[start : start + size]
-            prompts = [encode_prompt(row, self.tokenizer, self.template) for row in rows]
-            batches.append(
-                collate_prompts(prompts, [row.id for row in rows], [self.tokenizer.eos_id])
-            )
+        """Prompts to answer, in file order."""
+        return self._prompt_loader(self.predict_rows)
+
+    def prompts(self, rows: Sequence[Row]) -> PromptBatch:
+        """Tokenise the prompts of some rows, to be answered until the end token."""
+        prompts = [encode_prompt(row, self.tokenizer, self.template) for row in rows]
+        return collate_prompts(prompts, [row.id for row in rows], [self.tokenizer.eos_id])
+
+    def _prompt_loader(self, rows: list[Row]) -> DataLoader[PromptBatch]:
+        """Share rows out over the ranks by whole batches."""
+        size = self.eval_batch_size
+        starts = range(self.rank * size, len(rows), self.world_size * size)
+        batches = [self.prompts(rows[start : start + size]) for start in starts]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type] # a list is a dataset
 
     def _eval_loader(self, examples: list[Example]) -> DataLoader[Batch]:

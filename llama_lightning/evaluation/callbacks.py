@@ -1,25 +1,49 @@
-"""Responses to a file, row by row, as they finish."""
+"""Responses as they finish: to a file in predict, to scores in test, to the log during fit."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from llama_lightning.errors import UsageError
-from llama_lightning.evaluation.exact_match import exact_match
+from llama_lightning.evaluation.scores import TextScores
 from llama_lightning.records import Generation, Response
 
 
+def to_response(
+    generation: Generation, rows: Mapping[int, Any], decode: Callable[[list[int]], str]
+) -> Response:
+    """Put a generation beside the record it answers.
+
+    Args:
+        generation: the tokens.
+        rows: records by id, each with instruction, input and output.
+        decode: tokens to text.
+    """
+    row = rows[generation.row_id]
+    return Response(
+        id=generation.row_id,
+        instruction=row.instruction,
+        input=row.input,
+        reference=row.output,
+        response=decode(generation.tokens),
+        num_tokens=len(generation.tokens),
+        finish_reason=generation.finish_reason,
+        sample=generation.sample,
+    )
+
+
 class ResponseWriter(Callback):
-    """Write responses.jsonl during predict and report exact match at its end.
+    """Write responses.jsonl during predict and report exact match and ROUGE-L at its end.
 
     Rows are written the moment they finish and sorted by id at the end; a killed predict keeps what
     it had. Several ranks write a file each, which the first one joins.
 
     Args:
-        path: the file; by default responses.jsonl in the run's version folder.
+        path: the file; by default responses.jsonl in the run's folder.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -51,24 +75,22 @@ class ResponseWriter(Callback):
         self._rows = {row.id: row for row in data.predict_rows}
         self._decode: Callable[[list[int]], str] = data.tokenizer.decode
         self._file: TextIO = self._part(trainer.global_rank).open("w", encoding="utf-8")
+        self._several = pl_module.generation.num_samples > 1  # type: ignore[operator, union-attr]
         pl_module.on_generation.append(self._write)  # type: ignore[operator, union-attr]
 
     def _write(self, generation: Generation) -> None:
-        row = self._rows[generation.row_id]
-        response = Response(
-            id=row.id,
-            instruction=row.instruction,
-            input=row.input,
-            reference=row.output,
-            response=self._decode(generation.tokens),
-            num_tokens=len(generation.tokens),
-            finish_reason=generation.finish_reason,
-        )
-        self._file.write(json.dumps(response._asdict(), ensure_ascii=False) + "\n")
+        response = to_response(generation, self._rows, self._decode)
+        self._file.write(self._line(response))
         self._file.flush()
 
+    def _line(self, response: Response) -> str:
+        fields = response._asdict()
+        if not self._several:
+            del fields["sample"]
+        return json.dumps(fields, ensure_ascii=False) + "\n"
+
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the ranks' files, sort by id, count exact matches."""
+        """Join the ranks' files, sort by id, score."""
         self._file.close()
         pl_module.on_generation.remove(self._write)  # type: ignore[operator, union-attr]
         trainer.strategy.barrier()
@@ -77,12 +99,9 @@ class ResponseWriter(Callback):
         parts = [self._part(rank) for rank in range(self._ranks)]
         # A text file is read line by line at "\n" alone; splitlines would cut at U+2028 as well.
         responses = [Response(**json.loads(row)) for part in parts for row in part.open("rb")]
-        responses.sort(key=lambda r: r.id)
+        responses.sort(key=lambda r: (r.id, r.sample))
         temporary = self._target.with_name(self._target.name + ".tmp")
-        temporary.write_text(
-            "".join(json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in responses),
-            encoding="utf-8",
-        )
+        temporary.write_text("".join(map(self._line, responses)), encoding="utf-8")
         temporary.replace(self._target)
         if self._ranks > 1:
             for part in parts:
@@ -90,13 +109,108 @@ class ResponseWriter(Callback):
         self._report(trainer, responses)
 
     def _report(self, trainer: Trainer, responses: list[Response]) -> None:
-        judged = [r for r in responses if r.reference]
-        print(f"{len(responses)} responses in {self._target}")
-        if not judged:
+        scores = TextScores()
+        for response in responses:
+            scores.add(response)
+        print(f"{len(responses)} responses in {self._target}\n{scores}")
+        for logger in trainer.loggers:
+            logger.log_metrics(scores.metrics("predict"), step=trainer.global_step)
+            if hasattr(logger, "log_artifact"):
+                logger.log_artifact("responses", self._target)
+            logger.save()
+
+
+class TestScores(Callback):
+    """Score the answers to the test part, beside its loss: test/exact_match and test/rouge_l."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen for finished rows."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._rows = {row.id: row for row in data.test_rows}
+        self._decode: Callable[[list[int]], str] = data.tokenizer.decode
+        self._scores = TextScores()
+        pl_module.on_generation.append(self._add)  # type: ignore[operator, union-attr]
+
+    def _add(self, generation: Generation) -> None:
+        self._scores.add(to_response(generation, self._rows, self._decode))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up the ranks and log."""
+        pl_module.on_generation.remove(self._add)  # type: ignore[operator, union-attr]
+        ours = self._scores
+        sums = torch.tensor([ours.count, ours.matches, ours.rouge_l], dtype=torch.float32)
+        sums = trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum")
+        count, matches, rouge_l = sums.tolist()
+        for name, value in TextScores(int(count), int(matches), rouge_l).metrics("test").items():
+            pl_module.log(name, value, rank_zero_only=True)
+
+
+class SampleResponses(Callback):
+    """Answer the same few validation prompts again and again during fit, to read how it learns.
+
+    The answers go, as a table, to every logger that takes tables of text: TensorBoard's TEXT page,
+    ClearML, Weights and Biases.
+
+    Args:
+        every_n_steps: optimizer steps between two tables; 0 makes none.
+        num_prompts: the first so many records of the validation part.
+    """
+
+    COLUMNS = ["id", "instruction", "input", "reference", "response"]
+
+    def __init__(self, every_n_steps: int = 0, num_prompts: int = 4) -> None:
+        if every_n_steps < 0:
+            raise UsageError(f"samples.every_n_steps is {every_n_steps}; use 0 (never) or more")
+        if num_prompts < 1:
+            raise UsageError(f"samples.num_prompts is {num_prompts}; use 1 or more")
+        self.every_n_steps, self.num_prompts = every_n_steps, num_prompts
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the prompts, before weights are read.
+
+        Raises:
+            UsageError: there is no validation part.
+        """
+        if stage != "fit" or not self.every_n_steps:
             return
-        matches = sum(exact_match(r.response, r.reference) for r in judged)
-        share = matches / len(judged)
-        print(f"exact match {share:.1%} ({matches} of {len(judged)})")
-        if trainer.logger is not None:
-            trainer.logger.log_metrics({"predict/exact_match": share}, step=trainer.global_step)
-            trainer.logger.save()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._rows = data.val_rows[: self.num_prompts]
+        if not self._rows:
+            raise UsageError(
+                "samples.every_n_steps: the validation part is empty; set data.val_fraction or "
+                "data.val_path"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show how the base answers."""
+        if self.every_n_steps and trainer.global_step == 0:
+            self._answer(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Answer at the end of every so many steps."""
+        step_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.every_n_steps and step_complete and trainer.global_step % self.every_n_steps == 0:
+            self._answer(trainer, pl_module)
+
+    def _answer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = data.prompts(self._rows)
+        prompts = type(prompts)(*(tensor.to(pl_module.device) for tensor in prompts))
+        pl_module.eval()
+        with trainer.precision_plugin.forward_context():
+            generations = pl_module.answer(prompts)  # type: ignore[operator]
+        pl_module.train()
+        rows = {row.id: row for row in self._rows}
+        table = []
+        for generation in sorted(generations):
+            response = to_response(generation, rows, data.tokenizer.decode)
+            table.append([str(getattr(response, column)) for column in self.COLUMNS])
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):
+                logger.log_text(
+                    "samples/responses", columns=self.COLUMNS, data=table, step=trainer.global_step
+                )

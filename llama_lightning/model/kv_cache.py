@@ -68,8 +68,8 @@ class KVCache:
         """Count what was appended: row b grew by `num_tokens_B[b]` real tokens."""
         self.lengths_B = self.lengths_B + num_tokens_B
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these (an index of int64), to stop computing finished ones."""
+    def select_rows(self, rows: Tensor) -> None:
+        """Hold these rows only (an index of int64): fewer when some finished, or copies of one."""
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.lengths_B = self.lengths_B[rows]

@@ -1,5 +1,8 @@
 """Choose the next token: logits in, tokens out.
 
+Every filter has transformers' meaning and stands in transformers' order: repetition penalty,
+temperature, top-k, top-p, min-p.
+Source: transformers/generation/logits_process.py; min-p arXiv 2407.01082; penalty 1909.05858.
 Letters: B rows, V vocabulary.
 """
 
@@ -17,38 +20,102 @@ class GenerationConfig:
     Attributes:
         max_new_tokens: a response is cut after so many tokens.
         temperature: 0 takes the likeliest token; above 0 logits are divided by it and sampled.
-        seed: with the row's number it fixes what is sampled for that row.
+        top_k: sample among so many likeliest tokens; 0 among all.
+        top_p: sample among the fewest likeliest tokens that hold this probability; 1 among all.
+        min_p: sample among tokens with this fraction of the likeliest one's probability; 0 among
+            all.
+        repetition_penalty: above 1 makes tokens of the prompt and the response so far less likely.
+        num_samples: responses a prompt.
+        seed: with a row's number and a sample's it fixes what is sampled there, in any batch.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_samples: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"generation.max_new_tokens is {self.max_new_tokens}; use 1 or more")
-        if self.temperature < 0:
-            raise ValueError(f"generation.temperature is {self.temperature}; use 0 or more")
+        for name, fits, cure in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "a value above 0 and up to 1 (all tokens)"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "a value from 0 (all tokens) to 1"),
+            (
+                "repetition_penalty",
+                0.0 < self.repetition_penalty < float("inf"),
+                "1 (none) or more",
+            ),
+            ("num_samples", self.num_samples >= 1, "1 or more"),
+        ):
+            if not fits:
+                raise ValueError(f"generation.{name} is {getattr(self, name)}; use {cure}")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"generation.num_samples is {self.num_samples} at temperature 0, where all samples "
+                "are the same; set generation.temperature, e.g. to 0.7"
+            )
 
 
-def row_generator(seed: int, row_id: int) -> torch.Generator:
-    """Make a row's own source of randomness, so that its sample does not depend on its batch."""
-    # An odd multiplier spreads neighbouring pairs of (seed, row) over the 63 bits a seed may have.
-    mixed = (seed * 0x9E3779B97F4A7C15 + row_id * 0xBF58476D1CE4E5B9 + 1) % (1 << 63)
-    return torch.Generator().manual_seed(mixed)
+def row_generator(seed: int, row_id: int, sample: int = 0) -> torch.Generator:
+    """Make a response's own source of randomness, so that it does not depend on its batch."""
+    # Odd multipliers spread neighbouring triples over the seeds, of which the CPU's generator reads
+    # the low 32 bits.
+    mixed = seed * 0x9E3779B97F4A7C15 + row_id * 0xBF58476D1CE4E5B9 + sample * 0x94D049BB133111EB
+    return torch.Generator().manual_seed((mixed + 1) % (1 << 63))
+
+
+def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Make tokens that have been seen less likely: divide logits above 0, multiply those below."""
+    penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, penalised_BV, logits_BV)
+
+
+def probabilities(logits_BV: Tensor, config: GenerationConfig) -> Tensor:
+    """Compute what is sampled from: (B, V) float64, each row summing to 1; temperature above 0."""
+    none = float("-inf")
+    logits_BV = logits_BV.double() / config.temperature
+    if 0 < config.top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(config.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, none)
+    if config.top_p < 1.0:
+        ascending_BV, order_BV = logits_BV.sort()
+        dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - config.top_p
+        dropped_BV[:, -1] = False  # rounding must not drop the likeliest
+        logits_BV = logits_BV.masked_fill(dropped_BV.scatter(1, order_BV, dropped_BV), none)
+    probs_BV = logits_BV.softmax(-1)
+    if config.min_p > 0.0:
+        unlikely_BV = probs_BV < config.min_p * probs_BV.amax(-1, keepdim=True)
+        probs_BV = logits_BV.masked_fill(unlikely_BV, none).softmax(-1)
+    return probs_BV
 
 
 def next_tokens(
-    logits_BV: Tensor, temperature: float, generators: Sequence[torch.Generator]
+    logits_BV: Tensor,
+    config: GenerationConfig,
+    generators: Sequence[torch.Generator],
+    seen_BV: Tensor | None = None,
 ) -> Tensor:
     """Choose one token a row, (B,) int64.
 
     Sampling inverts the cumulative distribution at one uniform draw of the row's generator: one
     draw a token, on the CPU, so that the same seed gives the same text on every device.
+
+    Args:
+        logits_BV: of the next token.
+        config: how to choose.
+        generators: one a row.
+        seen_BV: bool, tokens of the prompt and the response so far; with a penalty only.
     """
-    if temperature == 0:
+    if seen_BV is not None:
+        logits_BV = penalise_repetition(logits_BV, seen_BV, config.repetition_penalty)
+    if config.temperature == 0:
         return logits_BV.argmax(-1)
-    cumulative_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
+    cumulative_BV = probabilities(logits_BV, config).cumsum(-1)
     draws_B1 = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
     # The sum may end a rounding below 1: scale the draw instead of falling off the end.
     draws_B1 = draws_B1.to(logits_BV.device) * cumulative_BV[:, -1:]

@@ -1,12 +1,9 @@
-"""What stands around the training step: checkpoints, throughput and memory, the parameter table."""
+"""What stands around the training step: checkpoints, throughput, the parameter table."""
 
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -84,16 +81,8 @@ class LastAndBest(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far, in GiB: the GPU's allocations, or this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
-
-
 class Throughput(Callback):
-    """Log tokens per second over all ranks, and peak memory, once an optimizer step.
+    """Log tokens per second over all ranks.
 
     The tokens counted are those of records: there are no pads among them.
     """
@@ -131,7 +120,6 @@ class Throughput(Callback):
         rate = self._tokens * trainer.world_size / (time.perf_counter() - self._since)
         self._tokens, self._since = 0, time.perf_counter()
         pl_module.log("perf/tokens_per_second", rate, prog_bar=True)
-        pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device))
 
 
 class ParameterTable(Callback):

@@ -211,9 +211,14 @@ class LlamaModule(LightningModule):
         """Add a batch to the validation loss and token accuracy."""
         self._measure(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the test loss and token accuracy."""
-        self._measure(batch)
+    def test_step(
+        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add a batch to the test loss and token accuracy, or answer one of prompts."""
+        if isinstance(batch, PromptBatch):
+            self.answer(batch)
+        else:
+            self._measure(batch)
 
     def _measure(self, batch: Batch) -> None:
         if len(batch.row_ids) == 0:
@@ -242,6 +247,10 @@ class LlamaModule(LightningModule):
     # Generation
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Generation]:
+        """Answer a batch of prompts."""
+        return self.answer(batch)
+
+    def answer(self, batch: PromptBatch) -> list[Generation]:
         """Answer a batch of prompts, telling `on_generation` of each as it finishes."""
         generations = []
         for generation in generate(self._llama, batch, self.generation):

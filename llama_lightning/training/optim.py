@@ -14,7 +14,8 @@ class OptimizerConfig:
     """How weights are updated. All counts are in optimizer steps.
 
     Attributes:
-        name: `adamw`, or bitsandbytes' `adamw8bit` (a quarter of the optimizer's memory).
+        name: `adamw`; bitsandbytes' `adamw8bit` (a quarter of the optimizer's memory), or
+            `paged_adamw8bit`, whose state may move to the host when the GPU is full.
         lr: learning rate after the warmup.
         weight_decay: decoupled decay of matrices; norms, biases and embeddings do not decay.
         betas: averaging of the first and second moment.
@@ -24,7 +25,7 @@ class OptimizerConfig:
         eta_min: learning rate of the last step, reached by a cosine; by default lr.
     """
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
@@ -85,7 +86,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             return {**super().get_config(gindex, pindex, group), "optim_bits": group["optim_bits"]}
 
-    optimizer: torch.optim.Optimizer = GroupedAdamW8bit(groups, **settings)
+    # Paged memory is CUDA's; elsewhere bitsandbytes falls back to the other, with a warning.
+    paged = config.name == "paged_adamw8bit"
+    optimizer: torch.optim.Optimizer = GroupedAdamW8bit(groups, **settings, is_paged=paged)
     return optimizer
 
 

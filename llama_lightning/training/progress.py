@@ -31,7 +31,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._total = 0
-        self._first = 0
+        self._first = self._done = 0
         self._started = self._printed = 0.0
 
     def disable(self) -> None:
@@ -43,7 +43,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def _start(self, what: str, total: int, done: int = 0) -> None:
-        self._what, self._total, self._first = what, total, done
+        self._what, self._total, self._first, self._done = what, total, done, done
         self._started = self._printed = time.monotonic()
         if not self._enabled or not self._console.is_terminal:
             return
@@ -114,13 +114,17 @@ class RunProgress(ProgressBar):
         """Free the terminal for the message."""
         self._stop()
 
-    # predict
+    # predict and test
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a bar over all batches of prompts."""
         self._start("predict", int(sum(trainer.num_predict_batches)))
 
-    def on_predict_batch_end(
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar over all batches, to measure and to answer."""
+        self._start("test", int(sum(trainer.num_test_batches)))
+
+    def _count(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -130,8 +134,13 @@ class RunProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Move the bar by a batch."""
-        self._update(batch_idx + 1, "")
+        self._done += 1
+        self._update(self._done, "")
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    on_predict_batch_end = on_test_batch_end = _count
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the finished bar."""
         self._stop()
+
+    on_predict_end = on_test_end = _end

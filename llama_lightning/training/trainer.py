@@ -1,5 +1,7 @@
 """Lightning's Trainer with the parts that every run of this project needs."""
 
+import secrets
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +11,7 @@ from llama_lightning.errors import UsageError
 from llama_lightning.training.callbacks import ParameterTable, Throughput
 from llama_lightning.training.checkpoint_io import AtomicCheckpointIO
 from llama_lightning.training.progress import RunProgress
+from llama_lightning.training.run_logger import RunLogger
 from llama_lightning.training.signals import StopOnSignal
 
 # fp16 needs a loss scaler, whose overflows the check for finite gradients would stop.
@@ -16,18 +19,40 @@ PRECISIONS = ("bf16-mixed", "bf16-true", "32-true", "64-true")
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, with our progress, table, throughput and checkpoint files.
+    """Lightning's Trainer, with our progress, table, throughput, logs and checkpoint files.
 
     Args:
         max_steps: stop after so many optimizer steps; null for no such limit.
+        project_name: runs of a project stand together, in lightning_logs/PROJECT.
+        experiment_name: the run's folder there, instead of version_N; a random text is appended, so
+            that a second run does not meet the first.
+        log_to_clearml: log to ClearML too; needs `pip install 'llama-lightning[clearml]'`.
         **kwargs: all other arguments of lightning.pytorch.Trainer.
     """
 
-    def __init__(self, *, max_steps: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        max_steps: int | None = None,
+        project_name: str | None = None,
+        experiment_name: str | None = None,
+        log_to_clearml: bool = False,
+        **kwargs: Any,
+    ) -> None:
         # The paths that a run prints are then those that a user types.
         kwargs["default_root_dir"] = kwargs.get("default_root_dir") or "."
         # Lightning's sampler repeats and reorders records; the data module shares them out.
         kwargs["use_distributed_sampler"] = False
+        if kwargs.get("logger") in (None, True):
+            name = str(Path("lightning_logs", project_name or ""))
+            # Not from the seeded generators: the same seed twice is two runs.
+            version = f"{experiment_name}-{secrets.token_hex(3)}" if experiment_name else None
+            kwargs["logger"] = [RunLogger(kwargs["default_root_dir"], name=name, version=version)]
+        elif project_name or experiment_name:
+            raise UsageError(
+                "trainer.project_name and trainer.experiment_name name the folder of the logger "
+                "that is made when trainer.logger is not given; give the names to your logger"
+            )
         given = kwargs.get("callbacks") or []
         callbacks = [given] if isinstance(given, pl.Callback) else list(given)
         callbacks += [StopOnSignal(), Throughput(), ParameterTable()]

@@ -208,7 +208,7 @@ def test_kept_rows_go_on_as_before() -> None:
         model(tokens[:, :5], cache=cache)
         cache.advance(torch.tensor([5, 5, 5]))
         kept = torch.tensor([2, 0])
-        cache.keep_rows(kept)
+        cache.select_rows(kept)
         last = model(tokens[kept, 5:], cache=cache).squeeze(1)
     difference = max_difference(last, full[kept, 5])
     print(f"max |difference| after dropping a row {difference:.1e}")
@@ -277,6 +277,7 @@ def test_a_rows_sample_does_not_depend_on_its_batch() -> None:
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 0.5, float("-inf"), -2.0])
 NUM_DRAWS = 20_000
+SAMPLING = GenerationConfig(temperature=1.0)
 # The chance that a right sampler exceeds it is below 1e-6 (6 degrees of freedom).
 CHI_SQUARE_BOUND = 38.3
 
@@ -295,7 +296,9 @@ def test_samples_are_distributed_as_the_softmax(kind: str, temperature: float) -
     generators = [row_generator(11, row) for row in range(NUM_DRAWS)]
     if kind == "one row's draws":
         generators = [row_generator(11, 0)] * NUM_DRAWS
-    tokens = next_tokens(LOGITS.expand(NUM_DRAWS, -1), temperature, generators)
+    tokens = next_tokens(
+        LOGITS.expand(NUM_DRAWS, -1), GenerationConfig(temperature=temperature), generators
+    )
     chi_square = _chi_square(tokens, temperature)
     wrong = _chi_square(tokens, temperature * 1.1)
     print(
@@ -308,7 +311,7 @@ def test_samples_are_distributed_as_the_softmax(kind: str, temperature: float) -
 def test_the_smallest_draw_takes_the_first_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *size, **rest: torch.zeros(size, dtype=rest["dtype"]))
     logits = torch.tensor([[float("-inf"), float("-inf"), 0.0, 1.0]])
-    assert next_tokens(logits, 1.0, [row_generator(0, 0)]).tolist() == [2]
+    assert next_tokens(logits, SAMPLING, [row_generator(0, 0)]).tolist() == [2]
 
 
 def test_the_largest_draw_takes_the_last_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,12 +320,12 @@ def test_the_largest_draw_takes_the_last_possible_token(monkeypatch: pytest.Monk
         torch, "rand", lambda *size, **rest: torch.full(size, largest, dtype=rest["dtype"])
     )
     logits = torch.cat([torch.randn(50, 997), torch.full((50, 1), float("-inf"))], dim=1)
-    tokens = next_tokens(logits, 1.0, [row_generator(0, row) for row in range(50)])
+    tokens = next_tokens(logits, SAMPLING, [row_generator(0, row) for row in range(50)])
     assert tokens.tolist() == [996] * 50
 
 
 def test_greedy_takes_the_likeliest() -> None:
-    assert next_tokens(LOGITS[None], 0.0, [row_generator(0, 0)]).tolist() == [0]
+    assert next_tokens(LOGITS[None], GenerationConfig(), [row_generator(0, 0)]).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +333,14 @@ def test_greedy_takes_the_likeliest() -> None:
     [
         ({"temperature": -0.1}, r"generation.temperature is -0\.1"),
         ({"max_new_tokens": 0}, "generation.max_new_tokens is 0"),
+        ({"temperature": float("nan")}, "generation.temperature is nan"),
+        ({"top_k": -1}, "generation.top_k is -1"),
+        ({"top_p": 1.1}, r"generation.top_p is 1\.1"),
+        ({"top_p": 0.0}, r"generation.top_p is 0\.0"),
+        ({"min_p": -0.5}, r"generation.min_p is -0\.5"),
+        ({"repetition_penalty": 0.0}, r"generation.repetition_penalty is 0\.0"),
+        ({"num_samples": 0}, "generation.num_samples is 0"),
+        ({"num_samples": 2}, "generation.num_samples is 2 at temperature 0"),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, float], message: str) -> None:
