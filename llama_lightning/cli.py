@@ -1,6 +1,7 @@
 """The command line: verbs over one YAML config. The one file that sees every layer."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -74,6 +75,12 @@ def _run(arguments: list[str]) -> None:
     class RunConfig(SaveConfigCallback):
         """Write config.yaml beside the run, and what was chosen in it to the loggers."""
 
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            """Write config.yaml only into a folder of the run's own."""
+            own = trainer.log_dir and Path(trainer.log_dir) != Path(trainer.default_root_dir)
+            self.save_to_log_dir = bool(own)
+            super().setup(trainer, pl_module, stage)
+
         def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
             """Log the values that the config file and the command line give, not the defaults."""
             given = {key for key, _ in given_keys(arguments[1:])}
@@ -120,7 +127,8 @@ def _run(arguments: list[str]) -> None:
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
             path = config.get("ckpt_path")
-            self.checkpoint = read_checkpoint(path) if path else None
+            key = "llama_lightning"
+            self.checkpoint = {key: read_checkpoint(path, mmap=True)[key]} if path else None
 
         def check(self) -> None:
             """Everything that can be wrong and is not in a weights file."""
@@ -153,12 +161,19 @@ def _run(arguments: list[str]) -> None:
 
         def after_fit(self) -> None:
             callback = self.trainer.checkpoint_callback
-            if self.trainer.is_global_zero and isinstance(callback, LastAndBest):
-                last = Path(callback.last_model_path or self.config.fit.ckpt_path)
-                print(f"trained weights: {last}")
-                config = self.config.fit.config
-                file = config[-1] if config else "FILE"
-                print(f"next: python -m llama_lightning predict --config {file} --ckpt_path {last}")
+            if not (self.trainer.is_global_zero and isinstance(callback, LastAndBest)):
+                return
+            last = callback.last_model_path or self.config.fit.ckpt_path
+            if last is None:  # fast_dev_run
+                return
+            last = Path(last)
+            print(f"trained weights: {last}")
+            # The run's own config: it has what the command line changed.
+            config = Path(self.trainer.log_dir or ".") / "config.yaml"
+            if config.is_file():
+                print(
+                    f"next: python -m llama_lightning predict --config {config} --ckpt_path {last}"
+                )
 
     strict = {"allow_abbrev": False, "exit_on_error": False}
     try:
@@ -183,9 +198,16 @@ def _run(arguments: list[str]) -> None:
         inner = _users_part(error)
         raise (UsageError(plain_reason(str(error))) if inner is error else inner) from error
     except MisconfigurationException as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        text = " ".join(str(error).split())
+        if "accelerator" in text or "backend" in text:
+            text = f"trainer.accelerator: {text} Use --trainer.accelerator cpu (or auto)"
+        raise UsageError(text) from error
     except ValueError as error:
         raise _users_part(error) from error
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
 
 
 def _users_part(error: BaseException) -> BaseException:
@@ -193,8 +215,13 @@ def _users_part(error: BaseException) -> BaseException:
 
     Our dataclasses say what is wrong with a value by a ValueError; they know no exit codes.
     """
+    from pathlib import Path
+
+    import lightning
+
     from llama_lightning.errors import UsageError, UserError
 
+    home = Path(str(lightning.__file__)).parent
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, UserError):
@@ -202,21 +229,27 @@ def _users_part(error: BaseException) -> BaseException:
         trace = inner.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        if trace is not None and trace.tb_frame.f_code.co_name == "__post_init__":
+        code = trace.tb_frame.f_code if trace is not None else None
+        if code is not None and code.co_name == "__post_init__":
             return UsageError(f"model.{inner}")
+        # What Lightning itself refuses by a ValueError is a setting of the Trainer.
+        if code is not None and Path(code.co_filename).is_relative_to(home):
+            return UsageError(f"trainer: {' '.join(str(inner).split())}")
         inner = inner.__cause__ or inner.__context__
     return error
 
 
 def _quiet_libraries() -> None:
     """Leave out advertising, and warnings about choices that are made on purpose here."""
+    said = re.compile("💡|TPU available|Trainer.fit` stopped")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.setup"):
-        logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
+        logging.getLogger(name).addFilter(lambda record: not said.search(record.getMessage()))
     # It misses a kernel for 4-bit products on a CPU, which nothing here computes.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",  # records are in memory
-        ".*is not an instance of.*StatefulDataLoader.*|.*mid-epoch.*",  # our sampler resumes
+        ".*dataloader is not resumable.*",  # our sampler is
+        ".*logging interval.*",  # a short run is logged at its end
         ".*LightningCLI's args parameter.*",
         ".*LeafSpec.*",
         ".*sync_dist=True.*",  # torchmetrics has reduced over the ranks already

@@ -90,6 +90,47 @@ def given_keys(arguments: list[str]) -> Iterator[tuple[str, str]]:
             yield key.replace(".init_args", ""), "the command line"
 
 
+# Names that other tools, and the original of this project, have for our keys.
+ALIASES = {
+    "learning_rate": "model.optimizer.lr",
+    "warmup_ratio": "model.optimizer.warmup",
+    "warmup_percentage": "model.optimizer.warmup",
+    "lora_r": "model.lora.rank",
+    "lora_rank": "model.lora.rank",
+    "r": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "enable_lora": "model.lora.rank",
+    "drop_rate": "model.dropout",
+    "foundation_model": "model.base_model",
+    "model_name_or_path": "model.base_model",
+    "enable_gradient_checkpointing": "model.gradient_checkpointing",
+    "use_8bit_optim": "model.optimizer.name",
+    "max_gen_tokens": "model.generation.max_new_tokens",
+    "max_length": "data.max_seq_len",
+    "cutoff_len": "data.max_seq_len",
+    "sequence_len": "data.max_seq_len",
+    "data_path": "data.path",
+    "micro_batch_size": "data.batch_size",
+    "per_device_train_batch_size": "data.batch_size",
+    "val_set_size": "data.val_fraction",
+    "train_on_inputs": "data.train_on_prompt",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "num_train_iters": "trainer.max_steps",
+    "device": "trainer.accelerator",
+    "eval_freq": "trainer.val_check_interval",
+    "generation_freq": "samples.every_n_steps",
+    "output_dir": "trainer.default_root_dir",
+    "model_save_path": "checkpoint.dirpath",
+    "responses_save_path": "responses.path",
+    "resume_from_checkpoint": "ckpt_path",
+    "seed": "seed_everything",
+}
+
+
 def check_keys(arguments: list[str], known: Iterable[str]) -> None:
     """Refuse a key that nothing would read, naming the nearest that something would.
 
@@ -104,7 +145,8 @@ def check_keys(arguments: list[str], known: Iterable[str]) -> None:
             continue
         if key.endswith(".class_path") and key.removesuffix(".class_path") in groups:
             continue
-        nearest = max(known, key=lambda name: _likeness(key, name))
+        nearest = ALIASES.get(key.rpartition(".")[2])
+        nearest = nearest or max(known, key=lambda name: _likeness(key, name))
         raise UsageError(f"unknown key {key} in {where}; did you mean {nearest}?")
 
 

@@ -128,6 +128,28 @@ def test_broken_config(run, text, said):
         (["--trainer.accumulate_grad_batches=9"], USAGE, "data.batch_size 8 is smaller than"),
         (["--trainer.precision=16-true"], USAGE, "trainer.precision 16-true: use one of"),
         (["--trainer.devices=0"], USAGE, "devices"),
+        (["--trainer.max_steps=0"], USAGE, "trainer.max_steps is 0; use 1 or more"),
+        (["--trainer.strategy=foo"], USAGE, "trainer: You selected an invalid strategy name"),
+        (["--trainer.overfit_batches=2"], USAGE, "trainer.overfit_batches changes the order"),
+        (["--trainer.gradient_clip_val=-1"], USAGE, "trainer.gradient_clip_val is -1"),
+        (["--trainer.gradient_clip_algorithm=value"], USAGE, "only norm is built"),
+        (
+            [
+                '--trainer.callbacks={"class_path": "GradientAccumulationScheduler", '
+                '"init_args": {"scheduling": {"0": 2}}}'
+            ],
+            USAGE,
+            "use trainer.accumulate_grad_batches",
+        ),
+        (["--trainer.logger=false"], USAGE, "set checkpoint.dirpath"),
+        (["--checkpoint.dirpath=/dev/null/x"], USAGE, "checkpoint.dirpath: /dev/null/x cannot be"),
+        (["--checkpoint.monitor=val/los"], USAGE, "checkpoint.monitor: expected one of 'val/loss'"),
+        (["--model.optimizer.betas=[1,2]"], USAGE, "model.optimizer.betas is [1.0, 2.0]"),
+        (["--data.num_workers=-1"], USAGE, "data.num_workers is too small; use 0 or more"),
+        (["--model.optimizer.learning_rate=1"], USAGE, "did you mean model.optimizer.lr?"),
+        (["--num_epochs=1"], USAGE, "did you mean trainer.max_epochs?"),
+        (["--ckpt_path=."], DATA, "--ckpt_path .: a folder; give a file"),
+        (["--data.path=."], DATA, ".: a folder; give a .json or .jsonl file"),
         (["--data.val_fraction=2"], USAGE, "data.val_fraction is 2.0"),
         (["--data.path=nix.json"], DATA, "nix.json: no such data file"),
         (["--data.max_seq_len=8"], DATA, "prompt longer than data.max_seq_len"),
@@ -161,6 +183,7 @@ def test_cuda_asked_for_and_absent(run):
             "row 1: no column 'instruction'",
         ),
         ('[{"instruction": "x", "output": 3}]', "row 0: 'output' is a number instead of a string"),
+        (r'[{"instruction": "hi \ud83d", "output": "x"}]', "row 0: 'instruction' holds half a"),
         ('[{"instruction": "x", "output": ""}]', "nothing to learn in all 1 train records"),
     ],
 )
@@ -169,6 +192,38 @@ def test_broken_data(run, tmp_path, text, said):
     code, error = run("--data.val_fraction=0", "--data.test_fraction=0")
     assert code == DATA
     assert said in error
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(run, tmp_path):
+    (tmp_path / "data.json").write_text("[]")
+    run()
+    assert not list((tmp_path / "lightning_logs").glob("version_*"))
+
+
+def test_an_epoch_cut_inside_a_step(base, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    records = [{"instruction": f"q{i}", "input": "", "output": "a"} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    keys = {
+        "model.base_model": base,
+        "data.path": "data.json",
+        "data.batch_size": 8,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 4,
+        "trainer.accumulate_grad_batches": 4,
+        "trainer.limit_train_batches": 5,
+    }
+    assert main(["fit", *(f"--{key}={value}" for key, value in keys.items())]) == USAGE
+    error = capfd.readouterr().err.splitlines()[-1]
+    print(error)
+    assert "leaves 5 micro-batches an epoch" in error
+
+
+def test_the_users_own_config_is_never_overwritten(run, tmp_path):
+    text = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "config.yaml").write_text("# mine\n" + text)
+    run("--config=config.yaml", "--trainer.logger=false", "--checkpoint.dirpath=ck")
+    assert (tmp_path / "config.yaml").read_text() == "# mine\n" + text
 
 
 def test_folder_without_weights(run, tmp_path):

@@ -4,6 +4,7 @@ It owns the tokenizer and the template; the model receives tokens only.
 """
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,14 @@ def split_rows(
         sorted(parts[part], key=lambda row: row.id) for part in ("train", "val", "test")
     )
     return train, val, test
+
+
+def _digest(examples: list[Example]) -> str:
+    """Tell one list of tokenised records from another."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(array("q", (example.row_id, len(example.tokens), *example.tokens)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 class AlpacaDataModule(LightningDataModule):
@@ -99,11 +108,11 @@ class AlpacaDataModule(LightningDataModule):
             "max_seq_len": max_seq_len - 1,
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size if eval_batch_size is not None else 1,
+            "num_workers": num_workers + 1,
         }.items():
             if size < 1:
-                raise UsageError(
-                    f"data.{name} is too small; use {2 if 'len' in name else 1} or more"
-                )
+                least = {"max_seq_len": 2, "num_workers": 0}.get(name, 1)
+                raise UsageError(f"data.{name} is too small; use {least} or more")
         self.train_file = TINY_TRAIN if path == "tiny" else Path(path)
         self.test_file = Path(test_path) if test_path else None
         if path == "tiny" and self.test_file is None:
@@ -112,6 +121,7 @@ class AlpacaDataModule(LightningDataModule):
         self.predict_file = Path(predict_path) if predict_path else None
         self.val_fraction = 0.0 if self.val_file else val_fraction
         self.test_fraction = 0.0 if self.test_file else test_fraction
+        tokenizer = str(TINY) if tokenizer == "tiny" else tokenizer
         self.tokenizer_path = Path(tokenizer or base_folder or TINY)
         self.template_name: TemplateName = template
         self.template = TEMPLATES[template]
@@ -127,6 +137,7 @@ class AlpacaDataModule(LightningDataModule):
         self.val_rows: list[Row] = []
         self.test_rows: list[Row] = []
         self.predict_rows: list[Row] = []
+        self._training_records = ""  # digest of the training part, once it is there
         self._resume_at = 0  # micro-batches of the current epoch that a resumed run has done
 
     # Values that depend on where and how the trainer runs; one process without a trainer.
@@ -182,14 +193,18 @@ class AlpacaDataModule(LightningDataModule):
             self.val_rows = val
             self.val_examples = self._encode(val, "val") if val else []
             if stage == "fit":
+                if not val:
+                    rank_zero_info("data: no validation part, so there will be no best.ckpt")
                 self.train_examples = self._encode(self._not_empty(train, "train"), "train")
+                self._training_records = _digest(self.train_examples)
             else:
                 self._not_empty(val, "val")
 
     def _parts(self) -> tuple[list[Row], list[Row], list[Row]]:
         """Read and split; a prompt of another part's file never stays in training."""
+        rows, _ = read_rows(self.train_file), self._file_digest
         train, val, test = split_rows(
-            read_rows(self.train_file),
+            rows,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             seed=self.seed,
@@ -263,14 +278,16 @@ class AlpacaDataModule(LightningDataModule):
         return self._prompt_loader(self.predict_rows)
 
     def prompts(self, rows: Sequence[Row]) -> PromptBatch:
-        """Tokenise the prompts of some rows, to be answered until the end token."""
+        """Tokenise the prompts of some rows, to be answered until an end token."""
         prompts = [encode_prompt(row, self.tokenizer, self.template) for row in rows]
-        return collate_prompts(prompts, [row.id for row in rows], [self.tokenizer.eos_id])
+        return collate_prompts(prompts, [row.id for row in rows], self.tokenizer.stop_ids)
 
     def _prompt_loader(self, rows: list[Row]) -> DataLoader[PromptBatch]:
         """Share rows out over the ranks by whole batches."""
         size = self.eval_batch_size
-        starts = range(self.rank * size, len(rows), self.world_size * size)
+        # As many on every rank, the last of them perhaps empty, so that the ranks stay together.
+        turns = -(-len(rows) // (self.world_size * size))
+        starts = (size * (turn * self.world_size + self.rank) for turn in range(turns))
         batches = [self.prompts(rows[start : start + size]) for start in starts]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type] # a list is a dataset
 
@@ -298,10 +315,15 @@ class AlpacaDataModule(LightningDataModule):
             generator=torch.Generator(),
         )
 
+    @cached_property
+    def _file_digest(self) -> str:
+        """The training file as it was read; it may change or go while the run lasts."""
+        return hashlib.sha256(self.train_file.read_bytes()).hexdigest()[:16]
+
     def _identity(self) -> dict[str, Any]:
         """Everything that decides which record stands where in a run."""
         return {
-            "data.path": hashlib.sha256(self.train_file.read_bytes()).hexdigest()[:16],
+            "data.path": self._file_digest,
             "data.seed": self.seed,
             "data.val_fraction": self.val_fraction,
             "data.test_fraction": self.test_fraction,
@@ -310,6 +332,8 @@ class AlpacaDataModule(LightningDataModule):
             "data.train_on_prompt": self.train_on_prompt,
             "trainer.accumulate_grad_batches": self.accumulate,
             "trainer.devices x num_nodes": self.world_size,
+            # What the keys above do not tell: other files taken out of it, another tokenizer.
+            "the training part": self._training_records,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,18 +347,24 @@ class AlpacaDataModule(LightningDataModule):
             "identity": self._identity(),
             "template": self.template_name,
             "template_text": self.template.with_input,
+            "tokenizer": self.tokenizer.fingerprint,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint stopped, or say why that cannot be.
 
         Raises:
-            CheckpointError: template, data or batching differ from the checkpoint's.
+            CheckpointError: template, tokenizer, data or batching differ from the checkpoint's.
         """
         if state_dict["template_text"] != self.template.with_input:
             raise CheckpointError(
                 f"data.template is '{self.template_name}', but the checkpoint was trained with "
                 f"'{state_dict['template']}'; set data.template to that"
+            )
+        if state_dict["tokenizer"] != self.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"data.tokenizer: {self.tokenizer_path} makes other tokens than the tokenizer that "
+                "the checkpoint was trained with"
             )
         verb = self.trainer.state.fn if self.trainer else None
         fitting = verb == "fit"

@@ -4,6 +4,7 @@ A record is a dictionary of three strings: instruction, input (may be missing) a
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ def read_rows(path: Path, *, need_output: bool = True) -> list[Row]:
     Raises:
         DataError: no such file, not JSON, a wrong record (with its row number), or no record.
     """
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; give a .json or .jsonl file in it")
     if not path.is_file():
         raise DataError(f"{path}: no such data file (paths are relative to the working directory)")
     if path.suffix not in (".json", ".jsonl"):
@@ -92,6 +95,8 @@ def read_rows(path: Path, *, need_output: bool = True) -> list[Row]:
             fields.append("" if value is None else value)
             if not isinstance(fields[-1], str):
                 raise DataError(f"{path}, row {i}: '{key}' is {_kind(value)} instead of a string")
+            if not fields[-1].isascii() and re.search(r"[\ud800-\udfff]", fields[-1]):
+                raise DataError(f"{path}, row {i}: '{key}' holds half a character")
         rows.append(Row(i, *fields))
     if not rows:
         raise DataError(f"{path}: no records in it")

@@ -7,7 +7,9 @@ Source: llama3/tokenizer.py of meta-llama/llama-models; tokenizer.json of meta-l
 
 import base64
 import binascii
+import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,11 @@ LLAMA3_PATTERN = (
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
+# As in generation_config.json of the Instruct models; the base models write the first only.
+STOPS = (END_OF_TEXT, "<|eom_id|>", "<|eot_id|>")
+
+# Words, numbers, spaces and other scripts: two tokenizers that agree on it agree on Alpaca.
+PROBE = "The quick brown fox's 12,345.67 jumps\n\n  over naïve café — 東京 🙂 привет; x = f(y)\t#!"
 
 
 def _llama3_special_tokens(first_id: int) -> dict[str, int]:
@@ -63,6 +70,7 @@ class Tokenizer:
         special_ids: special token text to id.
         bos_id: the token every text begins with.
         eos_id: the token that ends a text.
+        stop_ids: the tokens that end a response; Instruct models have more than one.
         size: one more than the largest id.
     """
 
@@ -80,6 +88,7 @@ class Tokenizer:
         self.special_ids = special_ids
         self.bos_id = special_ids[BEGIN_OF_TEXT]
         self.eos_id = special_ids[END_OF_TEXT]
+        self.stop_ids = [special_ids[name] for name in STOPS if name in special_ids]
         self.size = self._encoding.n_vocab
         self._special = frozenset(special_ids.values())
 
@@ -147,6 +156,12 @@ class Tokenizer:
         if merged != sorted(merged):
             raise ValueError("its merges are not in the order of their ids")
         return cls(ranks, special_ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tell one tokenizer from another, whatever file it came from."""
+        ids = [*self.encode(PROBE), self.bos_id, self.eos_id]
+        return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Encode plain text, without any special token."""

@@ -53,6 +53,10 @@ class ResponseWriter(Callback):
         """Find out early that the file cannot be written."""
         if stage != "predict":
             return
+        if self.path is None and not trainer.loggers:
+            raise UsageError(
+                "trainer.logger false leaves the run without a folder; set responses.path"
+            )
         target = self.path or Path(trainer.log_dir or ".") / "responses.jsonl"
         self._target = Path(trainer.strategy.broadcast(target))
         self._ranks = trainer.world_size
@@ -74,6 +78,9 @@ class ResponseWriter(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._rows = {row.id: row for row in data.predict_rows}
         self._decode: Callable[[list[int]], str] = data.tokenizer.decode
+        if self._ranks == 1 and self._target.stat().st_size:
+            # The answers of an earlier run stay readable until this one is through, and after.
+            self._target.replace(self._target.with_name(self._target.name + ".previous"))
         self._file: TextIO = self._part(trainer.global_rank).open("w", encoding="utf-8")
         self._several = pl_module.generation.num_samples > 1  # type: ignore[operator, union-attr]
         pl_module.on_generation.append(self._write)  # type: ignore[operator, union-attr]

@@ -14,8 +14,15 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from llama_lightning.errors import CheckpointError
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", *, mmap: bool = False
+) -> dict[str, Any]:
     """Load a checkpoint of this project with weights_only=True.
+
+    Args:
+        path: the file.
+        map_location: device of its tensors.
+        mmap: read a tensor when it is used, for a look at the rest.
 
     Raises:
         CheckpointError: a URL, no such file, damaged, or not a checkpoint of this project.
@@ -25,10 +32,16 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
             f"--ckpt_path {path}: URLs are refused, a checkpoint from the network could run code; "
             "download it and give the file"
         )
+    if Path(path).is_dir():
+        found = sorted(Path(path).rglob("last.ckpt"))
+        raise CheckpointError(
+            f"--ckpt_path {path}: a folder; give a file"
+            + (f", e.g. {found[-1]}" if found else ", e.g. checkpoints/last.ckpt of a run")
+        )
     if not Path(path).is_file():
         raise CheckpointError(f"--ckpt_path {path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises any of a dozen types for a damaged or hostile file
         raise CheckpointError(
             f"--ckpt_path {path}: damaged, or not a checkpoint "

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -120,6 +121,8 @@ class LlamaModule(LightningModule):
         self._base_fingerprint = _fingerprint(model)
         if self.lora.rank:
             self._inject_lora(model, trained_dtype)
+            if self.qkv_bias:
+                rank_zero_info("model: LoRA freezes the biases of q, k and v, new ones stay zero")
         model.model.gradient_checkpointing = self.gradient_checkpointing
         self.model = model
 
@@ -146,6 +149,24 @@ class LlamaModule(LightningModule):
     def on_fit_start(self) -> None:
         """Remember the run's seed before anything is drawn from it."""
         self._seed = torch.initial_seed()
+        # On the device from the start: a rank may have no record in its first step.
+        self._step_loss = torch.zeros((), device=self.device)
+
+    def on_train_start(self) -> None:
+        """Refuse an epoch that would end inside a step.
+
+        Raises:
+            UsageError: trainer.limit_train_batches cuts a step.
+        """
+        batches, accumulate = (
+            self.trainer.num_training_batches,
+            self.trainer.accumulate_grad_batches,
+        )
+        if batches % accumulate:
+            raise UsageError(
+                f"trainer.limit_train_batches leaves {batches} micro-batches an epoch, which are "
+                f"no whole steps of {accumulate} (trainer.accumulate_grad_batches)"
+            )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the randomness of a micro-batch a function of (seed, rank, number), not of history.
@@ -168,7 +189,7 @@ class LlamaModule(LightningModule):
             return 0.0 * torch.stack(sums).sum()
         logits, targets = self._supervised(batch)
         share = summed_cross_entropy(logits, targets) / batch.num_step_targets
-        self._step_loss = self._step_loss.to(share.device) + share.detach()
+        self._step_loss = self._step_loss + share.detach()
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -186,7 +207,7 @@ class LlamaModule(LightningModule):
         """Clip once an optimizer step, and log what the step is about to do.
 
         Raises:
-            UserError: a gradient that is not finite; the weights stay as they were.
+            UserError: a gradient that is not finite; nothing of the step is applied.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         norm = total_norm(parameters)
@@ -195,8 +216,8 @@ class LlamaModule(LightningModule):
         if not norm.isfinite():
             raise UserError(
                 f"step {self.global_step}: the gradient is not finite (loss {float(loss):.4g}); "
-                "the weights of the step before are kept. Lower model.optimizer.lr or clip with "
-                "trainer.gradient_clip_val"
+                "nothing of this step was applied, and last.ckpt is sound. Lower "
+                "model.optimizer.lr or clip with trainer.gradient_clip_val"
             )
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
@@ -252,6 +273,8 @@ class LlamaModule(LightningModule):
 
     def answer(self, batch: PromptBatch) -> list[Generation]:
         """Answer a batch of prompts, telling `on_generation` of each as it finishes."""
+        if len(batch.row_ids) == 0:
+            return []
         generations = []
         for generation in generate(self._llama, batch, self.generation):
             generations.append(generation)
@@ -310,7 +333,10 @@ class LlamaModule(LightningModule):
         Raises:
             CheckpointError: other settings, another base, or other tensors.
         """
-        self.check_checkpoint(checkpoint, resume=self.trainer.state.fn == TrainerFn.FITTING)
+        trainer = self._trainer  # none in LlamaModule.load_from_checkpoint
+        resume = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        self.check_checkpoint(checkpoint, resume=resume)
+        self.configure_model()  # likewise not called there
         stored = checkpoint["llama_lightning"]
         if self.lora.rank and stored["base_fingerprint"] != self._base_fingerprint:
             raise CheckpointError(

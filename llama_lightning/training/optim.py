@@ -39,6 +39,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lr is {self.lr}; use a value above 0, e.g. 2e-4")
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"optimizer.warmup is {self.warmup}; use a fraction in [0, 1)")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {list(self.betas)}; use values in [0, 1)")
         if self.weight_decay < 0.0:
             raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; use 0 or more")
 

@@ -31,8 +31,8 @@ class RunProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._total = 0
-        self._first = self._done = 0
-        self._started = self._printed = 0.0
+        self._said = self._done = 0  # steps at the last plain line, and now
+        self._printed = 0.0
 
     def disable(self) -> None:
         """Say nothing; Lightning calls this on all ranks but the first."""
@@ -43,8 +43,8 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def _start(self, what: str, total: int, done: int = 0) -> None:
-        self._what, self._total, self._first, self._done = what, total, done, done
-        self._started = self._printed = time.monotonic()
+        self._what, self._total, self._said, self._done = what, total, done, done
+        self._printed = time.monotonic()
         if not self._enabled or not self._console.is_terminal:
             return
         self._bar = Progress(
@@ -71,8 +71,9 @@ class RunProgress(ProgressBar):
         now = time.monotonic()
         if now - self._printed < PLAIN_LINE_SECONDS and done < self._total:
             return
-        self._printed = now
-        left = (now - self._started) / max(1, done - self._first) * (self._total - done)
+        # By the pace since the line before: an average of the whole run would remember every pause.
+        left = (now - self._printed) / max(1, done - self._said) * (self._total - done)
+        self._printed, self._said = now, done
         minutes, seconds = divmod(round(left), 60)
         parts = (f"{self._what} {done}/{self._total}", metrics, f"{minutes}:{seconds:02d} left")
         print("  ".join(part for part in parts if part), flush=True)

@@ -4,6 +4,7 @@ Left out: the `epoch` that Lightning adds to every value and the constant `hp_me
 be the first two charts a person sees. Added: tables of text.
 """
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,6 +20,19 @@ class RunLogger(TensorBoardLogger):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Log scalars by their grouped names, e.g. train/loss."""
         super().log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the files; a run that failed before it began leaves no folder behind."""
+        super().finalize(status)
+        folder = Path(self.log_dir)
+        if status == "failed" and folder.is_dir():
+            files = list(folder.iterdir())
+            if all(file.name.startswith("events.") for file in files):
+                self.experiment.close()
+                for file in files:
+                    file.unlink()
+                folder.rmdir()
 
     @rank_zero_only
     def log_text(

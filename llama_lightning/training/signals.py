@@ -1,4 +1,4 @@
-"""Stop when asked to: Ctrl-C and SIGTERM lose no step, and no unfinished run reports success.
+"""Stop when asked to: a signal loses no step, and no unfinished run reports success.
 
 Lightning stops inside an accumulation, whose gradients a resumed run would not have; it exits 0 on
 SIGTERM, and does not look at one in predict.
@@ -12,9 +12,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+# SIGUSR1 is how SLURM announces the end of a job's time; Windows has none.
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+
 
 class Stopped(SystemExit):
-    """The run was asked to stop; the exit code is the shell's for the signal (130, 143).
+    """The run was asked to stop; the exit code is the shell's for the signal, e.g. 130 or 143.
 
     Attributes:
         step_complete: an optimizer step has just ended: a checkpoint written now is exact.
@@ -41,7 +44,7 @@ class StopOnSignal(Callback):
         """Take the place of Lightning's handlers, which it sets just before its loops start."""
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():  # Python allows no other
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in SIGNALS:
                 signal.signal(signum, self._handle)
 
     on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = _listen

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from llama_lightning.errors import UsageError
 from llama_lightning.training.callbacks import ParameterTable, Throughput
@@ -62,6 +64,9 @@ class Trainer(pl.Trainer):
         plugins = kwargs.get("plugins") or []
         kwargs["plugins"] = [*plugins] if isinstance(plugins, list) else [plugins]
         kwargs["plugins"].append(AtomicCheckpointIO())
+        if SLURMEnvironment.detect():
+            # Requeued by Lightning, a run would go on from inside a step; see StopOnSignal.
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         kwargs["callbacks"] = callbacks
         kwargs["enable_model_summary"] = False
         self.given_max_steps = max_steps
@@ -72,15 +77,38 @@ class Trainer(pl.Trainer):
         super().__init__(max_steps=-1 if max_steps is None else max_steps, **kwargs)
 
     def check(self) -> None:
-        """Refuse a fit whose length is given twice or not at all, or a precision never tried.
+        """Refuse a fit whose step would not be exact, or whose length is not given once.
 
         Raises:
-            UsageError: both or none of max_steps and max_epochs; 16-bit floats without a range.
+            UsageError: both or none of max_steps and max_epochs, or one below 1; a strategy, a
+                callback, a clipping or a precision that this project does not have.
         """
+        if not isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise UsageError(
+                f"trainer.strategy {type(self.strategy).__name__}: use auto or ddp; with sharded "
+                "weights the step would not be exact"
+            )
+        if any(isinstance(c, GradientAccumulationScheduler) for c in self.callbacks):  # type: ignore[attr-defined]
+            raise UsageError(
+                "GradientAccumulationScheduler changes the accumulation behind the data's back; "
+                "use trainer.accumulate_grad_batches"
+            )
+        if self.overfit_batches:  # type: ignore[attr-defined]
+            raise UsageError(
+                "trainer.overfit_batches changes the order of records; use a small file"
+            )
+        clip, algorithm = self.gradient_clip_val, self.gradient_clip_algorithm
+        if algorithm not in (None, "norm"):
+            raise UsageError(f"trainer.gradient_clip_algorithm {algorithm}: only norm is built")
+        if clip is not None and clip < 0:
+            raise UsageError(f"trainer.gradient_clip_val is {clip}; use a norm above 0, or null")
         if self.precision not in PRECISIONS:
             raise UsageError(
                 f"trainer.precision {self.precision}: use one of {', '.join(PRECISIONS)}"
             )
+        for name, value in (("steps", self.given_max_steps), ("epochs", self.given_max_epochs)):
+            if value is not None and value < 1:
+                raise UsageError(f"trainer.max_{name} is {value}; use 1 or more")
         if self.given_max_steps is not None and self.given_max_epochs is not None:
             raise UsageError(
                 f"trainer.max_steps {self.given_max_steps} and trainer.max_epochs "

@@ -179,7 +179,7 @@ def test_predict_path_needs_no_outputs(module, tmp_path):
     assert bytes(second.tokens[1:].tolist()) == b"two\nmore"
     assert first.tokens[0] == second.tokens[0] == 256
     assert second.row_ids.tolist() == [1]
-    assert second.stop_ids.tolist() == [[257]]
+    assert second.stop_ids.tolist() == [[257, 264, 265]]  # end of text, of message, of turn
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -361,8 +361,8 @@ def test_a_resumed_loader_goes_on_where_the_other_stopped(module, tmp_path):
         progress.current.processed, progress.is_last_batch = done, is_last
         state = json.loads(json.dumps(data.state_dict()))  # plain values: no pickle of ours
         resumed = fitting(module(numbered(40), batch_size=4), tmp_path, accumulate_grad_batches=2)
-        resumed.load_state_dict(state)
         resumed.setup("fit")
+        resumed.load_state_dict(state)
         assert micro_batches(resumed) == whole[len(whole) - left :]
         assert micro_batches(resumed) == whole  # the epoch after it
     progress.current.processed, progress.is_last_batch = 17, False

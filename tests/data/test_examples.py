@@ -357,7 +357,9 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, name, content, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nowhere.json", "."])
-def test_a_file_that_is_not_there(tmp_path, name):
-    with pytest.raises(DataError, match="no such data file"):
+@pytest.mark.parametrize(
+    ("name", "says"), [("nowhere.json", "no such data file"), (".", "a folder; give a .json")]
+)
+def test_a_file_that_is_not_there(tmp_path, name, says):
+    with pytest.raises(DataError, match=says):
         read_rows(tmp_path / name)

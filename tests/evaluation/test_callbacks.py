@@ -75,6 +75,26 @@ def test_two_ranks_write_the_file_of_one(prompts, alone, tmp_path):
     assert result.stdout.count("exact match") == 1
 
 
+def test_a_rank_without_a_prompt_does_not_hold_the_other_up(prompts, tmp_path):
+    target, few = tmp_path / "responses.jsonl", tmp_path / "few.json"
+    few.write_text(json.dumps(PROMPTS[:3]))
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.eval_batch_size=8")
+    command = _command(few, target, *two)
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert [row["id"] for row in _rows(target)] == [0, 1, 2]
+
+
+def test_answers_of_an_earlier_run_are_kept(prompts, tmp_path):
+    target = tmp_path / "responses.jsonl"
+    target.write_text('{"id": 0, "response": "precious"}\n')
+    subprocess.run(_command(prompts, target), cwd=ROOT, check=True, capture_output=True)
+    assert len(_rows(target)) == 23
+    assert "precious" in (tmp_path / "responses.jsonl.previous").read_text()
+
+
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
 )

@@ -160,7 +160,7 @@ def test_stopped_at_random_moments(processes, workplace, uninterrupted, tmp_path
         run = tmp_path / str(trial)
         run.mkdir()
         arguments = _arguments(workplace, run, every)
-        moment = rng.uniform(0, 0.9 * seconds)
+        moment = rng.uniform(0, 0.7 * seconds)
         if _run(processes, arguments, run, kill_after=moment, signum=signum) is None:
             kills += 1
             step = torch.load(run / "last.ckpt", weights_only=True)["global_step"]
@@ -184,6 +184,50 @@ def test_best_is_the_best_of_all_validations(processes, workplace, tmp_path):
     print(f"validation losses by step: {losses}; best.ckpt is of step {best}")
     assert len(losses) == EPOCHS
     assert losses[best - 1] == min(losses.values())
+
+
+def test_a_resumed_run_keeps_its_good_checkpoint(processes, workplace, tmp_path):
+    # Resumed at a step that is a multiple of every_n_train_steps, as every periodic file is, the
+    # run must not write the same step again from inside the next one.
+    arguments = [*_arguments(workplace, tmp_path, 2), "--trainer.limit_val_batches=0"]
+    arguments += ["--trainer.accumulate_grad_batches=4", "--trainer.max_epochs=null"]
+    _run(processes, [*arguments, "--trainer.max_steps=2"], tmp_path)
+    written = (tmp_path / "last.ckpt").stat().st_mtime_ns
+    resume = [*arguments, f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_steps=3"]
+    process = processes.Process(target=_fit, args=(resume, str(tmp_path / "resumed.txt")))
+    process.start()
+    files = set()
+    while process.is_alive():
+        if (tmp_path / "last.ckpt").stat().st_mtime_ns != written:
+            files.add(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
+        time.sleep(0.005)
+    assert process.exitcode == 0, (tmp_path / "resumed.txt").read_text()
+    files.add(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
+    print(f"steps of the checkpoints that the resumed run wrote: {files}")
+    assert files == {3}
+
+
+@pytest.mark.parametrize(
+    "ended_by",
+    [
+        "--trainer.max_time=00:00:00:01",
+        '--trainer.callbacks={"class_path": "EarlyStopping", "init_args": '
+        '{"monitor": "val/loss", "patience": 1, "mode": "max"}}',
+    ],
+    ids=["max_time", "EarlyStopping"],
+)
+def test_a_run_that_ends_early_ends_behind_a_step(processes, workplace, tmp_path, ended_by):
+    arguments = _arguments(workplace, tmp_path, 0)
+    arguments += ["--trainer.accumulate_grad_batches=8", "--trainer.val_check_interval=11"]
+    _run(processes, [*arguments, "--trainer.max_epochs=400", ended_by], tmp_path)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    done = checkpoint["AlpacaDataModule"]["micro_batches"]
+    print(f"ended at step {checkpoint['global_step']}, {done} micro-batches of 8 in the epoch")
+    assert done % 8 == 0
+    again = [*arguments, f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_epochs=null"]
+    steps = checkpoint["global_step"] + 1
+    assert _run(processes, [*again, f"--trainer.max_steps={steps}"], tmp_path) is not None
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == steps
 
 
 def test_a_checkpoint_from_inside_a_step_is_not_resumed(processes, workplace, tmp_path):
@@ -211,6 +255,11 @@ def test_a_checkpoint_from_inside_a_step_is_not_resumed(processes, workplace, tm
         ("model.qkv_bias=true", "model.qkv_bias is True, the checkpoint has False"),
         ("data.batch_size=4", "data.batch_size is 4, was 8"),
         ("data.template=plain", "but the checkpoint was trained with 'alpaca'"),
+        (
+            "data.tokenizer={workplace}/other.model",
+            "makes other tokens than the tokenizer that the checkpoint",
+        ),
+        ("data.test_path={workplace}/held.json", "the training part is "),
     ],
 )
 def test_a_setting_unlike_the_checkpoints_is_never_passed_over(
@@ -218,6 +267,12 @@ def test_a_setting_unlike_the_checkpoints_is_never_passed_over(
 ):
     _, _, checkpoint = uninterrupted
     arguments = _arguments(workplace, tmp_path, 1)
+    (workplace / "held.json").write_text('[{"instruction": "question 3", "output": "a"}]')
+    # The same bytes under other ids.
+    lines = (workplace / "base" / "tokenizer.model").read_text().splitlines()
+    swapped = (f"{line.split()[0]} {255 - rank}" for rank, line in enumerate(lines))
+    (workplace / "other.model").write_text("\n".join(swapped))
+    argument = argument.replace("{workplace}", str(workplace))
     assert main(["fit", *arguments, f"--{argument}", f"--ckpt_path={checkpoint}"]) == 3
     error = capfd.readouterr().err.splitlines()[-1]
     print(error)
