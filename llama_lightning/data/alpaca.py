@@ -25,6 +25,7 @@ from llama_lightning.data.examples import Row, encode_examples, encode_prompt, r
 from llama_lightning.data.templates import TEMPLATES, TemplateName
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import CheckpointError, DataError, UsageError
+from llama_lightning.hub import fetch_data, parse_address
 from llama_lightning.records import Batch, Example, PromptBatch
 
 
@@ -51,11 +52,28 @@ def split_rows(
     return train, val, test
 
 
+def local_file(path: str) -> Path:
+    """Find the file of a path or of an hf:// address, which is fetched unless it is in data/.
+
+    Raises:
+        DataError: a malformed address, or a file that cannot be fetched.
+    """
+    if not path.startswith("hf://"):
+        return Path(path)
+    _, file = parse_address(path)
+    own = Path("data", Path(file).name)
+    if own.is_file():
+        rank_zero_info(f"data: {own} is here and taken instead of {path}")
+        return own
+    return fetch_data(path)
+
+
 class AlpacaDataModule(LightningDataModule):
     """Alpaca-format records for fit, validate, test and predict.
 
     Args:
-        path: training data, .json or .jsonl with instruction, input and output; `tiny` is embedded.
+        path: training data, .json or .jsonl with instruction, input and output: a file, an address
+            hf://datasets/OWNER/NAME/FILE, or `tiny` (embedded).
         val_path: validation data; by default a part of `path`.
         test_path: test data; by default a part of `path` (with `tiny`: the embedded held-out set).
         predict_path: prompts for predict; by default the test part.
@@ -103,14 +121,12 @@ class AlpacaDataModule(LightningDataModule):
                 raise UsageError(
                     f"data.{name} is too small; use {2 if 'len' in name else 1} or more"
                 )
-        self.train_file = TINY_TRAIN if path == "tiny" else Path(path)
-        self.test_file = Path(test_path) if test_path else None
-        if path == "tiny" and self.test_file is None:
-            self.test_file = TINY_HELDOUT
-        self.val_file = Path(val_path) if val_path else None
-        self.predict_file = Path(predict_path) if predict_path else None
-        self.val_fraction = 0.0 if self.val_file else val_fraction
-        self.test_fraction = 0.0 if self.test_file else test_fraction
+        if path == "tiny":
+            path, test_path = str(TINY_TRAIN), test_path or str(TINY_HELDOUT)
+        self.path, self.val_path, self.test_path = path, val_path, test_path
+        self.predict_path = predict_path
+        self.val_fraction = 0.0 if val_path else val_fraction
+        self.test_fraction = 0.0 if test_path else test_fraction
         self.tokenizer_path = Path(tokenizer or base_folder or TINY)
         self.template_name: TemplateName = template
         self.template = TEMPLATES[template]
@@ -151,6 +167,11 @@ class AlpacaDataModule(LightningDataModule):
         )
 
     @cached_property
+    def train_file(self) -> Path:
+        """The file of `path` on this machine; fetched from the hub at first use."""
+        return local_file(self.path)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded at first use."""
         return Tokenizer.from_path(self.tokenizer_path)
@@ -163,11 +184,11 @@ class AlpacaDataModule(LightningDataModule):
                 f"trainer.accumulate_grad_batches {self.accumulate} x {self.world_size} devices; "
                 "lower the accumulation or raise the batch size"
             )
-        if stage == "predict" and self.predict_file:
-            self.predict_rows = read_rows(self.predict_file, need_output=False)
+        if stage == "predict" and self.predict_path:
+            self.predict_rows = read_rows(local_file(self.predict_path), need_output=False)
             return
-        if stage in ("test", "predict") and self.test_file:
-            test = read_rows(self.test_file)
+        if stage in ("test", "predict") and self.test_path:
+            test = read_rows(local_file(self.test_path))
         else:
             train, val, test = self._parts()
         if stage == "predict":
@@ -189,8 +210,8 @@ class AlpacaDataModule(LightningDataModule):
             test_fraction=self.test_fraction,
             seed=self.seed,
         )
-        val = read_rows(self.val_file) if self.val_file else val
-        test = read_rows(self.test_file) if self.test_file else test
+        val = read_rows(local_file(self.val_path)) if self.val_path else val
+        test = read_rows(local_file(self.test_path)) if self.test_path else test
         held_out = {row.prompt_key for row in (*val, *test)}
         kept = [row for row in train if row.prompt_key not in held_out]
         if len(kept) < len(train):
@@ -203,7 +224,7 @@ class AlpacaDataModule(LightningDataModule):
     def _not_empty(self, rows: list[Row], part: str) -> list[Row]:
         if not rows:
             raise DataError(
-                f"{self.train_file}: the {part} part is empty; change data.val_fraction and "
+                f"{self.path}: the {part} part is empty; change data.val_fraction and "
                 f"data.test_fraction, or name a file with data.{part}_path"
             )
         return rows
@@ -217,9 +238,9 @@ class AlpacaDataModule(LightningDataModule):
             train_on_prompt=self.train_on_prompt,
         )
         if not examples:
-            file = {"val": self.val_file, "test": self.test_file}.get(part) or self.train_file
+            path = {"val": self.val_path, "test": self.test_path}.get(part) or self.path
             raise DataError(
-                f"{file}: nothing to learn in all {len(rows)} {part} records: {dropped}"
+                f"{path}: nothing to learn in all {len(rows)} {part} records: {dropped}"
             )
         tokens = sum(len(e.tokens) for e in examples)
         targets = sum(e.num_targets for e in examples)
@@ -328,12 +349,12 @@ class AlpacaDataModule(LightningDataModule):
             )
         verb = self.trainer.state.fn if self.trainer else None
         fitting = verb == "fit"
-        files = {
-            "predict": self.predict_file or self.test_file,
-            "test": self.test_file,
-            "validate": self.val_file,
+        paths = {
+            "predict": self.predict_path or self.test_path,
+            "test": self.test_path,
+            "validate": self.val_path,
         }
-        if files.get(verb or "") is not None:
+        if paths.get(verb or ""):
             return  # no part of the training file is read, which need not even be there
         stored, ours = state_dict["identity"], self._identity()
         if not fitting:
