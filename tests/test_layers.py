@@ -1,7 +1,7 @@
 """Imports point only downwards: the layers of the package, as a table and held by a test.
 
-L0 errors, records and the embedded default; L1 the network and the data; L2 formats on disk and
-evaluation; L3 training; L4 the command line, which sees everything.
+L0 errors, records, the embedded default and the hub; L1 the network and the data; L2 formats on
+disk and evaluation; L3 training; L4 the command line, which sees everything.
 """
 
 import ast
@@ -24,11 +24,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "records": set(),
     "assets": set(),
+    "hub": {"errors", "assets"},
     "model": {"records"},
-    "data": {"errors", "records", "assets"},
+    "data": {"errors", "records", "assets", "hub"},
     "weights": {"errors", "assets", "model"},
     "evaluation": {"errors", "records"},
-    "training": {"errors", "records", "model", "weights"},
+    "training": {"errors", "records", "hub", "model", "weights"},
     "usage": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
@@ -39,6 +40,7 @@ TORCH_ONLY = {"records", "model"}
 LIGHTNING_IN = {"data/alpaca.py", "evaluation/callbacks.py"}  # of those that have little of it
 LITTLE_LIGHTNING = {"data", "evaluation"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
+HUB = "huggingface_hub"
 ORACLES = {"transformers", "peft", "tokenizers"}  # the tests compare against them
 
 
@@ -74,6 +76,10 @@ def _foreign(unit: str, path: str, top: str) -> str | None:
     """Say why a file may not import a package from outside, if it may not."""
     if top in sys.stdlib_module_names:
         return None
+    if top == HUB and unit != "hub":
+        return "belongs in hub.py"
+    if unit == "hub" and top != HUB:
+        return f"is not {HUB}"
     if top in ORACLES:
         return "is for tests only"
     if unit in PLAIN_PYTHON:
@@ -142,10 +148,13 @@ PLANTED = {
     "records to model": ("records.py", "import llama_lightning.model.config"),
     "errors to torch": ("errors.py", "import torch"),
     "package to cli": ("__init__.py", "from llama_lightning.cli import main"),
+    "hub to data": ("hub.py", "from llama_lightning.data.alpaca import AlpacaDataModule"),
+    "hub to another package": ("hub.py", "import httpx"),
+    "the hub's package elsewhere": ("cli.py", "from huggingface_hub import snapshot_download"),
     "data to model": ("data/batching.py", "from ..model.llama import Llama"),
     "data to lightning": ("data/batching.py", "from lightning.pytorch import LightningDataModule"),
     "data to the tools of assets": ("data/alpaca.py", "from llama_lightning.assets import world"),
-    "weights to training": ("weights/hub.py", "from llama_lightning import training"),
+    "weights to training": ("weights/huggingface.py", "from llama_lightning import training"),
     "evaluation to training": ("evaluation/callbacks.py", "import llama_lightning.training.optim"),
     "evaluation to lightning": ("evaluation/exact_match.py", "import lightning"),
     "training to data": ("training/optim.py", "from llama_lightning.data.alpaca import Row"),

@@ -27,6 +27,7 @@ from llama_lightning.data.examples import Row, encode_examples, encode_prompt, r
 from llama_lightning.data.templates import TEMPLATES, TemplateName
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import CheckpointError, DataError, UsageError
+from llama_lightning.hub import fetch_data, parse_address
 from llama_lightning.records import Batch, Example, PromptBatch
 
 
@@ -53,6 +54,22 @@ def split_rows(
     return train, val, test
 
 
+def local_file(path: str) -> Path:
+    """Find the file of a path or of an hf:// address, which is fetched unless it is in data/.
+
+    Raises:
+        DataError: a malformed address, or a file that cannot be fetched.
+    """
+    if not path.startswith("hf://"):
+        return Path(path)
+    _, file = parse_address(path)
+    own = Path("data", Path(file).name)
+    if own.is_file():
+        rank_zero_info(f"data: {own} is here and taken instead of {path}")
+        return own
+    return fetch_data(path)
+
+
 def _digest(examples: list[Example]) -> str:
     """Tell one list of tokenised records from another."""
     digest = hashlib.sha256()
@@ -65,7 +82,8 @@ class AlpacaDataModule(LightningDataModule):
     """Alpaca-format records for fit, validate, test and predict.
 
     Args:
-        path: training data, .json or .jsonl with instruction, input and output; `tiny` is embedded.
+        path: training data, .json or .jsonl with instruction, input and output: a file, an address
+            hf://datasets/OWNER/NAME/FILE, or `tiny` (embedded).
         val_path: validation data; by default a part of `path`.
         test_path: test data; by default a part of `path` (with `tiny`: the embedded held-out set).
         predict_path: prompts for predict; by default the test part.
@@ -113,14 +131,12 @@ class AlpacaDataModule(LightningDataModule):
             if size < 1:
                 least = {"max_seq_len": 2, "num_workers": 0}.get(name, 1)
                 raise UsageError(f"data.{name} is too small; use {least} or more")
-        self.train_file = TINY_TRAIN if path == "tiny" else Path(path)
-        self.test_file = Path(test_path) if test_path else None
-        if path == "tiny" and self.test_file is None:
-            self.test_file = TINY_HELDOUT
-        self.val_file = Path(val_path) if val_path else None
-        self.predict_file = Path(predict_path) if predict_path else None
-        self.val_fraction = 0.0 if self.val_file else val_fraction
-        self.test_fraction = 0.0 if self.test_file else test_fraction
+        if path == "tiny":
+            path, test_path = str(TINY_TRAIN), test_path or str(TINY_HELDOUT)
+        self.path, self.val_path, self.test_path = path, val_path, test_path
+        self.predict_path = predict_path
+        self.val_fraction = 0.0 if val_path else val_fraction
+        self.test_fraction = 0.0 if test_path else test_fraction
         tokenizer = str(TINY) if tokenizer == "tiny" else tokenizer
         self.tokenizer_path = Path(tokenizer or base_folder or TINY)
         self.template_name: TemplateName = template
@@ -137,7 +153,8 @@ class AlpacaDataModule(LightningDataModule):
         self.val_rows: list[Row] = []
         self.test_rows: list[Row] = []
         self.predict_rows: list[Row] = []
-        self._training_records = ""  # digest of the training part, once it is there
+        # Digests of the training file and of the training part, once they have been read.
+        self._file_digest = self._training_records = ""
         self._resume_at = 0  # micro-batches of the current epoch that a resumed run has done
 
     # Values that depend on where and how the trainer runs; one process without a trainer.
@@ -165,6 +182,11 @@ class AlpacaDataModule(LightningDataModule):
         )
 
     @cached_property
+    def train_file(self) -> Path:
+        """The file of `path` on this machine; fetched from the hub at first use."""
+        return local_file(self.path)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded at first use."""
         return Tokenizer.from_path(self.tokenizer_path)
@@ -177,11 +199,11 @@ class AlpacaDataModule(LightningDataModule):
                 f"trainer.accumulate_grad_batches {self.accumulate} x {self.world_size} devices; "
                 "lower the accumulation or raise the batch size"
             )
-        if stage == "predict" and self.predict_file:
-            self.predict_rows = read_rows(self.predict_file, need_output=False)
+        if stage == "predict" and self.predict_path:
+            self.predict_rows = read_rows(local_file(self.predict_path), need_output=False)
             return
-        if stage in ("test", "predict") and self.test_file:
-            test = read_rows(self.test_file)
+        if stage in ("test", "predict") and self.test_path:
+            test = read_rows(local_file(self.test_path))
         else:
             train, val, test = self._parts()
         if stage == "predict":
@@ -202,15 +224,17 @@ class AlpacaDataModule(LightningDataModule):
 
     def _parts(self) -> tuple[list[Row], list[Row], list[Row]]:
         """Read and split; a prompt of another part's file never stays in training."""
-        rows, _ = read_rows(self.train_file), self._file_digest
+        # While it is there: it may change or go before a checkpoint names it.
+        data = self.train_file.read_bytes() if self.train_file.is_file() else b""
+        self._file_digest = hashlib.sha256(data).hexdigest()[:16]
         train, val, test = split_rows(
-            rows,
+            read_rows(self.train_file),
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             seed=self.seed,
         )
-        val = read_rows(self.val_file) if self.val_file else val
-        test = read_rows(self.test_file) if self.test_file else test
+        val = read_rows(local_file(self.val_path)) if self.val_path else val
+        test = read_rows(local_file(self.test_path)) if self.test_path else test
         held_out = {row.prompt_key for row in (*val, *test)}
         kept = [row for row in train if row.prompt_key not in held_out]
         if len(kept) < len(train):
@@ -223,7 +247,7 @@ class AlpacaDataModule(LightningDataModule):
     def _not_empty(self, rows: list[Row], part: str) -> list[Row]:
         if not rows:
             raise DataError(
-                f"{self.train_file}: the {part} part is empty; change data.val_fraction and "
+                f"{self.path}: the {part} part is empty; change data.val_fraction and "
                 f"data.test_fraction, or name a file with data.{part}_path"
             )
         return rows
@@ -237,9 +261,9 @@ class AlpacaDataModule(LightningDataModule):
             train_on_prompt=self.train_on_prompt,
         )
         if not examples:
-            file = {"val": self.val_file, "test": self.test_file}.get(part) or self.train_file
+            path = {"val": self.val_path, "test": self.test_path}.get(part) or self.path
             raise DataError(
-                f"{file}: nothing to learn in all {len(rows)} {part} records: {dropped}"
+                f"{path}: nothing to learn in all {len(rows)} {part} records: {dropped}"
             )
         tokens = sum(len(e.tokens) for e in examples)
         targets = sum(e.num_targets for e in examples)
@@ -315,11 +339,6 @@ class AlpacaDataModule(LightningDataModule):
             generator=torch.Generator(),
         )
 
-    @cached_property
-    def _file_digest(self) -> str:
-        """The training file as it was read; it may change or go while the run lasts."""
-        return hashlib.sha256(self.train_file.read_bytes()).hexdigest()[:16]
-
     def _identity(self) -> dict[str, Any]:
         """Everything that decides which record stands where in a run."""
         return {
@@ -368,12 +387,12 @@ class AlpacaDataModule(LightningDataModule):
             )
         verb = self.trainer.state.fn if self.trainer else None
         fitting = verb == "fit"
-        files = {
-            "predict": self.predict_file or self.test_file,
-            "test": self.test_file,
-            "validate": self.val_file,
+        paths = {
+            "predict": self.predict_path or self.test_path,
+            "test": self.test_path,
+            "validate": self.val_path,
         }
-        if files.get(verb or "") is not None:
+        if paths.get(verb or ""):
             return  # no part of the training file is read, which need not even be there
         stored, ours = state_dict["identity"], self._identity()
         if not fitting:

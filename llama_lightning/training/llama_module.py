@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from llama_lightning.errors import CheckpointError, UsageError, UserError
+from llama_lightning.hub import resolve_base
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.generate import generate
 from llama_lightning.model.llama import Llama
@@ -31,7 +32,6 @@ from llama_lightning.training.optim import (
     build_scheduler,
     total_norm,
 )
-from llama_lightning.weights.hub import resolve_base
 from llama_lightning.weights.huggingface import load_huggingface, read_config, weight_files
 
 
