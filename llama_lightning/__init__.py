@@ -9,12 +9,22 @@ if TYPE_CHECKING:
     from llama_lightning.model.generate import generate
     from llama_lightning.model.llama import Llama
     from llama_lightning.model.lora import LoRAConfig
+    from llama_lightning.training.clearml_logger import ClearMLLogger
     from llama_lightning.training.llama_module import LlamaModule
 
-__all__ = ["AlpacaDataModule", "Llama", "LlamaConfig", "LlamaModule", "LoRAConfig", "generate"]
+__all__ = [
+    "AlpacaDataModule",
+    "ClearMLLogger",
+    "Llama",
+    "LlamaConfig",
+    "LlamaModule",
+    "LoRAConfig",
+    "generate",
+]
 
 _HOMES = {
     "AlpacaDataModule": "data.alpaca",
+    "ClearMLLogger": "training.clearml_logger",
     "Llama": "model.llama",
     "LlamaConfig": "model.config",
     "LlamaModule": "training.llama_module",
