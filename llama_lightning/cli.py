@@ -91,6 +91,9 @@ def _run(arguments: list[str]) -> None:
                     chosen[name] = value if isinstance(value, (bool, int, float)) else str(value)
             for logger in trainer.loggers:
                 logger.log_hyperparams(chosen)
+                config = Path(trainer.log_dir or ".") / "config.yaml"
+                if hasattr(logger, "log_artifact") and self.save_to_log_dir:
+                    logger.log_artifact("config.yaml", config)
 
     class CLI(LightningCLI):
         """LightningCLI with our callbacks, and every check before weights are read."""

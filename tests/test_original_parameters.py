@@ -5,8 +5,11 @@ at what the run left behind: files, events, weights, words on the terminal.
 """
 
 import json
+import os
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +107,7 @@ class Run(NamedTuple):
         return [event.value for event in self.events().Scalars(name)]
 
 
-Runner = Callable[..., Run]
+Runner = Any  # a callable that takes a verb and keys, and returns a Run
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,7 @@ def run(
         caplog.clear()
         return Run(code, folder, said)
 
+    call.place = place
     return call
 
 
@@ -365,7 +369,9 @@ def test_eval_freq(run: Runner) -> None:
 
 def test_max_gen_tokens(run: Runner) -> None:
     for limit in (3, 9):
-        done = run("predict", **{"model.generation.max_new_tokens": limit})
+        # Sampled: a random model's greedy answers may all end at once.
+        keys = {"model.generation.temperature": 1.0, "model.generation.max_new_tokens": limit}
+        done = run("predict", **keys)
         answers = rows(done.version / "responses.jsonl")
         assert max(row["num_tokens"] for row in answers) == limit
         assert {row["finish_reason"] for row in answers if row["num_tokens"] == limit} == {"length"}
@@ -480,6 +486,37 @@ def test_responses_save_path(run: Runner, tmp_path: Path) -> None:
     done = run("predict", **{"responses.path": path})
     assert len(rows(path)) == 5
     assert not (done.version / "responses.jsonl").exists()
+
+
+def test_log_to_clearml(run: Runner, tmp_path: Path) -> None:
+    # ClearML keeps global state: a process of its own. Its offline session is read back.
+    code = (
+        "import sys; from llama_lightning.cli import main; sys.exit(main(sys.argv[1:]))",
+        "fit",
+        f"--config={run.place}/run.yaml",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.log_to_clearml=true",
+        "--trainer.project_name=alpaca",
+        "--trainer.experiment_name=first",
+        "--samples.every_n_steps=1",
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "CLEARML_OFFLINE_MODE": "1"}
+    subprocess.run([sys.executable, "-c", *code], check=True, capture_output=True, env=environment)
+    (session,) = tmp_path.rglob("offline/*.zip")
+    with zipfile.ZipFile(session) as file:
+        task = json.loads(file.read("task.json"))
+        lines = file.read("metrics.jsonl").decode().splitlines()
+    logged = {(e["metric"], e["variant"]) for line in lines for e in json.loads(line)}
+    events = EventAccumulator(str(next((tmp_path / "lightning_logs" / "alpaca").iterdir())))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    there = [tag for tag in tags if tuple(tag.split("/")) in logged]
+    print(f"{len(there)} of {len(tags)} of TensorBoard's scalars are in the ClearML session")
+    assert there == tags
+    assert ("samples", "responses") in logged
+    assert task["name"].startswith("first-")
+    assert task["hyperparams"]["General"]["model.lora.rank"]["value"] == "4"
+    assert {a["key"] for a in task["execution"]["artifacts"]} >= {"last.ckpt", "config.yaml"}
 
 
 def test_model_save_path(run: Runner, tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ from llama_lightning.errors import CheckpointError, DataError, UsageError
 from llama_lightning.hub import fetch_data, parse_address
 from llama_lightning.records import Batch, Example, PromptBatch
 
+# What no single key tells: which records are left in training once other files are taken out.
+TRAINING_PART = "the training part (data.path without data.val_path and data.test_path)"
+
 
 def split_rows(
     rows: list[Row], *, val_fraction: float, test_fraction: float, seed: int
@@ -351,8 +354,7 @@ class AlpacaDataModule(LightningDataModule):
             "data.train_on_prompt": self.train_on_prompt,
             "trainer.accumulate_grad_batches": self.accumulate,
             "trainer.devices x num_nodes": self.world_size,
-            # What the keys above do not tell: other files taken out of it, another tokenizer.
-            "the training part": self._training_records,
+            TRAINING_PART: self._training_records,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -401,7 +403,10 @@ class AlpacaDataModule(LightningDataModule):
             # The same file split otherwise: the test part would hold records that were trained on.
             split = ("data.seed", "data.val_fraction", "data.test_fraction")
             stored, ours = ({k: d[k] for k in split} for d in (stored, ours))
-        if differing := [key for key in ours if ours[key] != stored.get(key)]:
+        differing = [key for key in ours if ours[key] != stored.get(key)]
+        if len(differing) > 1:  # then another key says why the training part differs
+            differing = [key for key in differing if key != TRAINING_PART]
+        if differing:
             shown = "; ".join(f"{k} is {ours[k]}, was {stored.get(k)}" for k in differing)
             raise CheckpointError(
                 f"the run differs from the checkpoint's: {shown}. Set them as they were, or start "

@@ -123,7 +123,7 @@ class ResponseWriter(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(scores.metrics("predict"), step=trainer.global_step)
             if hasattr(logger, "log_artifact"):
-                logger.log_artifact("responses", self._target)
+                logger.log_artifact("responses.jsonl", self._target)
             logger.save()
 
 

@@ -55,10 +55,8 @@ class StopOnSignal(Callback):
         self._training = True
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader process that inherited the handler
-            if signum == signal.SIGTERM:
-                os._exit(128 + signum)
-            return  # Ctrl-C reaches the whole group; the training process decides
+        if os.getpid() != self._process:
+            return  # a loader process: a signal may reach the whole group, the main one decides
         if not self._training or self._received is not None:
             raise Stopped(signum, step_complete=False)
         self._received = signum

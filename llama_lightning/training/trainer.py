@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from llama_lightning.errors import UsageError
 from llama_lightning.training.callbacks import ParameterTable, Throughput
 from llama_lightning.training.checkpoint_io import AtomicCheckpointIO
+from llama_lightning.training.clearml_logger import ClearMLLogger
 from llama_lightning.training.progress import RunProgress
 from llama_lightning.training.run_logger import RunLogger
 from llama_lightning.training.signals import StopOnSignal
@@ -50,10 +51,15 @@ class Trainer(pl.Trainer):
             # Not from the seeded generators: the same seed twice is two runs.
             version = f"{experiment_name}-{secrets.token_hex(3)}" if experiment_name else None
             kwargs["logger"] = [RunLogger(kwargs["default_root_dir"], name=name, version=version)]
-        elif project_name or experiment_name:
+            if log_to_clearml:
+                task = str(version or Path(kwargs["logger"][0].log_dir).name)
+                kwargs["logger"].append(
+                    ClearMLLogger(project_name or "llama_lightning", task_name=task)
+                )
+        elif project_name or experiment_name or log_to_clearml:
             raise UsageError(
-                "trainer.project_name and trainer.experiment_name name the folder of the logger "
-                "that is made when trainer.logger is not given; give the names to your logger"
+                "trainer.project_name, .experiment_name and .log_to_clearml are for the loggers "
+                "that are made when trainer.logger is not given; name all loggers there"
             )
         given = kwargs.get("callbacks") or []
         callbacks = [given] if isinstance(given, pl.Callback) else list(given)

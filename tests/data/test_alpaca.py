@@ -345,6 +345,7 @@ def test_a_tokenizer_that_is_not_there(module, tmp_path):
 def fitting(data: AlpacaDataModule, tmp_path: Path, **kwargs) -> AlpacaDataModule:
     data.trainer = make_trainer(tmp_path, **kwargs)
     data.trainer.state.fn = "fit"
+    data.setup("fit")
     return data
 
 
@@ -361,7 +362,6 @@ def test_a_resumed_loader_goes_on_where_the_other_stopped(module, tmp_path):
         progress.current.processed, progress.is_last_batch = done, is_last
         state = json.loads(json.dumps(data.state_dict()))  # plain values: no pickle of ours
         resumed = fitting(module(numbered(40), batch_size=4), tmp_path, accumulate_grad_batches=2)
-        resumed.setup("fit")
         resumed.load_state_dict(state)
         assert micro_batches(resumed) == whole[len(whole) - left :]
         assert micro_batches(resumed) == whole  # the epoch after it
@@ -430,6 +430,8 @@ def test_evaluation_refuses_only_what_would_leak(module, tmp_path):
         data = module(records, **kwargs)
         data.trainer = make_trainer(tmp_path)
         data.trainer.state.fn = "predict"
+        if data.predict_path is None:
+            data.setup("predict")
         return data
 
     # Another batch size, or another file, says nothing about which records were trained on.
@@ -440,7 +442,7 @@ def test_evaluation_refuses_only_what_would_leak(module, tmp_path):
         evaluating(numbered(40), seed=3).load_state_dict(state)
     # Prompts of their own: the training file need not be on this machine.
     elsewhere = evaluating(numbered(40), seed=3, predict_path=str(tmp_path / "prompts.json"))
-    elsewhere.train_file = tmp_path / "nowhere.json"
+    elsewhere.path = str(tmp_path / "nowhere.json")
     elsewhere.load_state_dict(state)
     # A template that differs changes every prompt, in evaluation too.
     with pytest.raises(CheckpointError, match="data.template is 'alpaca'"):

@@ -259,7 +259,10 @@ def test_a_checkpoint_from_inside_a_step_is_not_resumed(processes, workplace, tm
             "data.tokenizer={workplace}/other.model",
             "makes other tokens than the tokenizer that the checkpoint",
         ),
-        ("data.test_path={workplace}/held.json", "the training part is "),
+        (
+            "data.test_path={workplace}/held.json",
+            "the training part (data.path without",
+        ),
     ],
 )
 def test_a_setting_unlike_the_checkpoints_is_never_passed_over(
