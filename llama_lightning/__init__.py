@@ -5,30 +5,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_lightning.data.alpaca import AlpacaDataModule
+    from llama_lightning.data.examples import Row
     from llama_lightning.model.config import LlamaConfig
     from llama_lightning.model.generate import generate
     from llama_lightning.model.llama import Llama
     from llama_lightning.model.lora import LoRAConfig
+    from llama_lightning.model.sampling import GenerationConfig
     from llama_lightning.training.clearml_logger import ClearMLLogger
     from llama_lightning.training.llama_module import LlamaModule
+    from llama_lightning.training.optim import OptimizerConfig
+    from llama_lightning.training.trainer import Trainer
 
 __all__ = [
     "AlpacaDataModule",
     "ClearMLLogger",
+    "GenerationConfig",
     "Llama",
     "LlamaConfig",
     "LlamaModule",
     "LoRAConfig",
+    "OptimizerConfig",
+    "Row",
+    "Trainer",
     "generate",
 ]
 
 _HOMES = {
     "AlpacaDataModule": "data.alpaca",
     "ClearMLLogger": "training.clearml_logger",
+    "GenerationConfig": "model.sampling",
     "Llama": "model.llama",
     "LlamaConfig": "model.config",
     "LlamaModule": "training.llama_module",
     "LoRAConfig": "model.lora",
+    "OptimizerConfig": "training.optim",
+    "Row": "data.examples",
+    "Trainer": "training.trainer",
     "generate": "model.generate",
 }
 

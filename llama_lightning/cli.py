@@ -55,21 +55,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     """Parse and run; turn the libraries' errors that a user can mend into one line."""
     import argparse
+    import inspect
+    import textwrap
     from pathlib import Path
 
+    import lightning.pytorch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from llama_lightning.data.alpaca import AlpacaDataModule
     from llama_lightning.errors import UsageError
     from llama_lightning.evaluation.callbacks import ResponseWriter, SampleResponses, TestScores
+    from llama_lightning.keys import help_text, keys_of
     from llama_lightning.training.callbacks import LastAndBest
     from llama_lightning.training.checkpoint_io import read_checkpoint
     from llama_lightning.training.llama_module import LlamaModule
     from llama_lightning.training.memory import MemoryReport
     from llama_lightning.training.trainer import Trainer
-    from llama_lightning.usage import check_keys, given_keys, parameter_keys, plain_reason
+    from llama_lightning.usage import check_keys, given_keys, plain_reason
 
+    SECTIONS = {
+        "model": LlamaModule,
+        "data": AlpacaDataModule,
+        "checkpoint": LastAndBest,
+        "samples": SampleResponses,
+        "memory": MemoryReport,
+        "responses": ResponseWriter,
+        "trainer": Trainer,
+    }
+    if "--help" in arguments or "-h" in arguments:
+        usage = f"usage: python -m llama_lightning {arguments[0]} --config FILE [--KEY VALUE ...]"
+        names = inspect.signature(lightning.pytorch.Trainer).parameters
+        lightnings = ", ".join(name for name in names if name not in ("max_steps", "self"))
+        closing = textwrap.fill(f"  and Lightning's own: {lightnings}", 100, subsequent_indent="  ")
+        closing += "\n\nother\n  --seed_everything  --ckpt_path FILE  --print_config"
+        print(help_text(usage, SECTIONS, closing))
+        return
     _quiet_libraries()
 
     class RunConfig(SaveConfigCallback):
@@ -99,10 +120,10 @@ def _run(arguments: list[str]) -> None:
         """LightningCLI with our callbacks, and every check before weights are read."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            # Last: Lightning calls it behind the others, and `_hold_stop` relies on that.
             parser.add_lightning_class_args(LastAndBest, "checkpoint")
-            parser.add_lightning_class_args(SampleResponses, "samples")
-            parser.add_lightning_class_args(MemoryReport, "memory")
-            parser.add_lightning_class_args(ResponseWriter, "responses")
+            for prefix in ("samples", "memory", "responses"):
+                parser.add_lightning_class_args(SECTIONS[prefix], prefix)
             parser.set_defaults({"seed_everything": 42, "trainer.log_every_n_steps": 10})
             parser.link_arguments(
                 "model",
@@ -116,8 +137,8 @@ def _run(arguments: list[str]) -> None:
             if arguments[0] in ("validate", "test"):
                 verb.set_defaults({"verbose": False})  # see `report`
             known = list(verb.get_defaults().keys(branches=True))
-            known += parameter_keys(LlamaModule, "model")
-            known += parameter_keys(AlpacaDataModule, "data")
+            for prefix in ("model", "data"):
+                known += [key for key, _, _ in keys_of(SECTIONS[prefix], prefix)]
             check_keys(arguments[1:], known)
             super().parse_arguments(parser, args)
 

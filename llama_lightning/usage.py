@@ -5,13 +5,11 @@ parses, against the names it would accept, and its own errors are cut down to th
 reason.
 """
 
-import dataclasses
 import difflib
-import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -21,17 +19,6 @@ from llama_lightning.errors import UsageError
 OPEN_KEYS = tuple(
     f"trainer.{key}" for key in ("callbacks", "logger", "plugins", "strategy", "profiler")
 )
-
-
-def parameter_keys(function: Callable[..., Any], prefix: str) -> Iterator[str]:
-    """List the dotted keys of a callable's parameters, going into dataclasses."""
-    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    for name in inspect.signature(function).parameters:
-        kind = hints.get(name)
-        if dataclasses.is_dataclass(kind):
-            yield from (f"{prefix}.{name}.{field.name}" for field in dataclasses.fields(kind))
-        else:
-            yield f"{prefix}.{name}"
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[str]:

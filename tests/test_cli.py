@@ -4,8 +4,10 @@ Each case runs the real command line up to its end; none gets as far as reading 
 """
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from llama_lightning.cli import main
 from tests.small import write_byte_tokenizer, write_small_llama
 
+ROOT = Path(__file__).parents[1]
 USAGE, DATA = 2, 3
 
 
@@ -277,6 +280,25 @@ def test_no_verb_and_unknown_verb(capsys):
     assert main(["--help"]) == 0
     assert main(["fti"]) == USAGE
     assert "unknown verb fti; verbs are fit" in capsys.readouterr().err
+
+
+def test_the_help_of_a_verb_explains_every_key_of_ours(capsys):
+    assert main(["fit", "--help"]) == 0
+    text = capsys.readouterr().out
+    keys = re.findall(r"^  --((?:model|data|checkpoint|samples|memory|responses)\.\S+)", text, re.M)
+    assert {"model.lora.rank", "model.generation.top_p", "data.batch_size"} <= set(keys)
+    unexplained = re.findall(r"^  --(\S+)  \(.*\)\n(?!        \S)", text, re.MULTILINE)
+    print(f"{len(keys)} keys, unexplained: {unexplained}")
+    assert not unexplained
+    # And every key of the README's table is one of them, or Lightning's.
+    table = (ROOT / "README.md").read_text().split("\n## Keys")[1].split("\n## ")[0]
+    named = []
+    for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+        first, *others = re.findall(r"`([\w.*]+)`", row)
+        named += [first, *(first.rpartition(".")[0] + other for other in others)]
+    assert len(named) > 40
+    unknown = [k for k in named if k not in keys and k not in text and not k.startswith("trainer")]
+    assert not unknown
 
 
 def test_help_imports_nothing_heavy():

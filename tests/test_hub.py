@@ -148,9 +148,9 @@ def test_a_run_with_model_and_data_from_the_hub(hub, tmp_path, working_directory
     )
     fit = ["fit", "--config=run.yaml", *RUN]
     with process(hub, tmp_path / "home"):
-        for parsed_only in (["fit", "--help"], [*fit, "--print_config"]):
-            with pytest.raises(SystemExit, match="0"):
-                main(parsed_only)
+        assert main(["fit", "--help"]) == 0
+        with pytest.raises(SystemExit, match="0"):
+            main([*fit, "--print_config"])
         assert hub.requests == []
         capfd.readouterr()
         assert main(fit) == 0, capfd.readouterr().err

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"errors", "records"},
     "training": {"errors", "records", "hub", "model", "weights"},
     "usage": EVERYTHING,
+    "keys": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
     "assets tools": EVERYTHING,

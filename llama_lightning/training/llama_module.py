@@ -26,6 +26,7 @@ from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.loss import summed_cross_entropy, supervised_logits
 from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Batch, Generation, PromptBatch
+from llama_lightning.training.checkpoint_io import read_checkpoint
 from llama_lightning.training.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -296,7 +297,41 @@ class LlamaModule(LightningModule):
             "base_model": self.base_model,
             "base_fingerprint": self._base_fingerprint,
             "settings": self._settings(),
+            "arguments": {
+                "base_model": self.base_model,
+                "lora": asdict(self.lora),
+                "optimizer": asdict(self.optimizer),
+                "generation": asdict(self.generation),
+                "gradient_checkpointing": self.gradient_checkpointing,
+                "dropout": self.dropout,
+                "qkv_bias": self.qkv_bias,
+                "base_dtype": str(self.base_dtype).removeprefix("torch."),
+            },
         }
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **arguments: Any
+    ) -> "LlamaModule":
+        """Build the module that wrote a checkpoint, with its weights.
+
+        Args:
+            checkpoint_path: a file written by fit.
+            map_location: device of the weights.
+            **arguments: of the constructor, instead of those of the run that wrote it.
+
+        Raises:
+            CheckpointError: it cannot be read, or `arguments` contradict it.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        stored = checkpoint["llama_lightning"]["arguments"]
+        stored["lora"] = LoRAConfig(**stored["lora"])
+        stored["optimizer"] = OptimizerConfig(**stored["optimizer"])
+        stored["generation"] = GenerationConfig(**stored["generation"])
+        module = cls(**(stored | arguments))
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return module.to(map_location)
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint is only meaningful with, by the names of its keys."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from llama_lightning.errors import UsageError
-from llama_lightning.training.callbacks import ParameterTable, Throughput
+from llama_lightning.training.callbacks import LastAndBest, ParameterTable, Throughput
 from llama_lightning.training.checkpoint_io import AtomicCheckpointIO
 from llama_lightning.training.clearml_logger import ClearMLLogger
 from llama_lightning.training.progress import RunProgress
@@ -67,6 +67,9 @@ class Trainer(pl.Trainer):
         shown = kwargs.get("enable_progress_bar") is not False
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(RunProgress())
+        checkpoints = kwargs.get("enable_checkpointing") is not False and kwargs["logger"]
+        if checkpoints and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            callbacks.append(LastAndBest())
         plugins = kwargs.get("plugins") or []
         kwargs["plugins"] = [*plugins] if isinstance(plugins, list) else [plugins]
         kwargs["plugins"].append(AtomicCheckpointIO())

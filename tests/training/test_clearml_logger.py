@@ -151,7 +151,7 @@ def test_every_scalar_of_tensorboard(fitted):
     # TensorBoard keeps 32 bits of a value.
     equal = [key for key, value in expected.items() if np.float32(scalars.get(key)) == value]
     print(f"{len(equal)} of {len(expected)} scalars equal, {len(tags)} tags")
-    assert len(equal) == len(expected) >= 30
+    assert len(equal) == len(expected) >= 24
     assert scalars.keys() == expected.keys()
 
 
@@ -210,7 +210,7 @@ def test_the_only_logger_from_yaml(run_alone, tmp_path):
     run_alone(_fit_from_yaml, tmp_path, CLEARML_OFFLINE_MODE="1")
     session = Session(tmp_path)
     assert session.task["name"] == "from YAML"
-    assert session.hyperparameters()["model.init_args.lora.rank"] == "2"
+    assert session.hyperparameters()["model.lora.rank"] == "2"
     assert "last.ckpt" in session.artifacts()
     (config,) = tmp_path.glob("lightning_logs/*/config.yaml")
     assert config.parent.name == session.task["id"]

@@ -1,0 +1,65 @@
+"""The package from Python: what the README shows runs, and checkpoints come back as modules."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama_lightning
+from llama_lightning import LlamaModule, LoRAConfig, Trainer
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in llama_lightning.__all__:
+        assert getattr(llama_lightning, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Lama'"):
+        _ = llama_lightning.Lama
+
+
+def test_the_readmes_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code.replace("max_steps=200", "max_steps=3"), names)
+    assert capsys.readouterr().out.splitlines()[-1]  # an answer, of a model hardly trained
+    module = names["module"]
+    assert isinstance(module, LlamaModule)
+    # And back, without a Trainer.
+    loaded = LlamaModule.load_from_checkpoint(
+        tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt",
+        base_model="tiny",
+        base_dtype="float32",
+        lora=LoRAConfig(rank=16, alpha=32),
+    )
+    ours = dict(module.named_parameters())
+    theirs = dict(loaded.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_checkpoint_of_the_command_line_needs_no_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_lightning.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    config = README.parent / "configs" / "tiny_lora.yaml"
+    keys = ["--trainer.max_steps=2", "--model.lora.rank=3", "--samples.every_n_steps=0"]
+    assert main(["fit", f"--config={config}", *keys]) == 0
+    path = tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt"
+    module = LlamaModule.load_from_checkpoint(path)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    assert module.lora.rank == 3
+    weights = dict(module.named_parameters())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+
+
+def test_trainer_is_lightnings() -> None:
+    import lightning.pytorch as pl
+
+    assert issubclass(Trainer, pl.Trainer)
