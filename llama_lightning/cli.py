@@ -1,6 +1,7 @@
 """The command line: verbs over one YAML config. The one file that sees every layer."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -34,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(VERBS, end="")
         return 0 if given else 2
+    # On a CPU whose cores others use too, OpenMP threads that spin while they wait for each other
+    # take the very core that the other needs (tests/benchmarks/busy_cores.py). It is read when
+    # torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Everything heavy is imported behind the help.
     from llama_lightning.errors import UserError
 

@@ -101,13 +101,13 @@ def test_samples_in_tensorboard(fitted):
     tables = events.Tensors("samples/responses/text_summary")
     assert [table.step for table in tables] == [0, 175, 350, 525, 700]
     first, last = (t.tensor_proto.string_val[0].decode() for t in (tables[0], tables[-1]))
-    assert first.startswith("| id | instruction | input | reference | response |\n| --- |")
+    assert first.startswith("| instruction | input | reference | response |\n| --- |")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in last.split("\n")[2:]]
     assert len(rows) == 4
-    right = sum(row[3] == row[4] for row in rows)
+    right = sum(row[2] == row[3] for row in rows)
     print(f"samples: {right} of 4 right at the end\n{last}")
     assert right >= 3
-    assert not any(row[3] == row[4] for row in [r.split(" | ") for r in first.split("\n")[2:]])
+    assert not any(row[2] == row[3] for row in [r.split(" | ") for r in first.split("\n")[2:]])
 
 
 def test_scores_in_the_test_verb(fitted, tmp_path):

@@ -383,7 +383,7 @@ def test_generation_freq(run: Runner) -> None:
     tables = run(**keys).events().Tensors("samples/responses/text_summary")
     assert [table.step for table in tables] == [0, 2, 4]
     texts = [table.tensor_proto.string_val[0].decode() for table in tables]
-    prompts = [[row.split(" | ")[1] for row in text.split("\n")[2:]] for text in texts]
+    prompts = [[row.split(" | ")[0] for row in text.split("\n")[2:]] for text in texts]
     assert prompts[0] == prompts[1] == prompts[2]  # the same prompts each time
     assert len(prompts[0]) == 2
 

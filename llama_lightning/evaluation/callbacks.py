@@ -163,7 +163,7 @@ class SampleResponses(Callback):
         num_prompts: the first so many records of the validation part.
     """
 
-    COLUMNS = ["id", "instruction", "input", "reference", "response"]
+    COLUMNS = ["instruction", "input", "reference", "response"]
 
     def __init__(self, every_n_steps: int = 0, num_prompts: int = 4) -> None:
         if every_n_steps < 0:

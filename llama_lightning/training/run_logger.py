@@ -22,6 +22,18 @@ class RunLogger(TensorBoardLogger):
         super().log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step)
 
     @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Write hparams.yaml, and what the HPARAMS page lists runs by."""
+        super().log_hyperparams(params)
+        from torch.utils.tensorboard.summary import hparams
+
+        # The first of the three would fix the page's columns to those of one run; without it
+        # TensorBoard gathers them from all runs.
+        _, begin, end = hparams(dict(params), {})
+        for summary in (begin, end):
+            self.experiment._get_file_writer().add_summary(summary)
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Close the files; a run that failed before it began leaves no folder behind."""
         super().finalize(status)
