@@ -14,20 +14,22 @@ verbs:
   validate   loss, perplexity and token accuracy of the validation part
   test       the same of the test part, and exact match and ROUGE-L of its answers
   predict    answer the test part (or data.predict_path); writes responses.jsonl
+  judge      grade responses.path by a judge (judge.backend); writes verdicts.jsonl, summary.json
 
 Every key of the YAML file can be given on the command line: --model.lora.rank 8
   python -m llama_lightning fit --help                       all keys with their meaning
   python -m llama_lightning fit --config FILE --print_config the config a run would use
   python -m llama_lightning fit --config configs/tiny_lora.yaml          start here
 """
-NAMES = ("fit", "validate", "test", "predict")
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+NAMES = (*LIGHTNING_VERBS, "judge")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the process's exit code.
 
-    Errors a user can mend are one line on stderr and a code: 2 for usage, 3 for data, weights and
-    checkpoints.
+    Errors a user can mend are one line on stderr and a code: 2 for usage, 3 for data, weights,
+    checkpoints and judges.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -41,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from llama_lightning.errors import UsageError
 
             raise UsageError(f"unknown verb {given[0]}; verbs are {', '.join(NAMES)}")
-        _run(given)
+        if given[0] == "judge":
+            _judge(given[1:])
+        else:
+            _run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -49,6 +54,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _judge(arguments: list[str]) -> None:
+    """Grade a file of responses: the same config, of which only two groups are read, and no model.
+
+    Not by LightningCLI, which would take seconds to build a network that nothing here needs.
+    """
+    from pathlib import Path
+
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from llama_lightning.errors import UsageError
+    from llama_lightning.evaluation.grading import grade_file
+    from llama_lightning.evaluation.judge import JudgeConfig
+    from llama_lightning.usage import check_keys, group_arguments, plain_reason
+
+    parser = ArgumentParser(
+        prog="python -m llama_lightning judge",
+        description="Grade a file of responses. Keys of the config that are not here are not read.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", help="a YAML file")
+    parser.add_argument("--responses.path", help="what predict wrote, or a JSON list of records")
+    parser.add_class_arguments(JudgeConfig, "judge")
+    groups = ("judge", "responses")
+    check_keys(arguments, parser.get_defaults().keys(), groups=groups)
+    try:
+        config = parser.parse_args([*group_arguments(arguments, groups), *arguments])
+        judge = JudgeConfig(**config.judge)
+    except ArgumentError as error:
+        inner = _users_part(error)
+        raise (UsageError(plain_reason(str(error))) if inner is error else inner) from error
+    if config.responses.path is None:
+        raise UsageError(
+            "responses.path: not given; name the file that predict wrote, "
+            "e.g. --responses.path lightning_logs/version_1/responses.jsonl"
+        )
+    grade_file(judge, Path(config.responses.path))
 
 
 def _run(arguments: list[str]) -> None:
@@ -61,7 +105,12 @@ def _run(arguments: list[str]) -> None:
 
     from llama_lightning.data.alpaca import AlpacaDataModule
     from llama_lightning.errors import UsageError
-    from llama_lightning.evaluation.callbacks import ResponseWriter, SampleResponses, TestScores
+    from llama_lightning.evaluation.callbacks import (
+        JudgeCallback,
+        ResponseWriter,
+        SampleResponses,
+        TestScores,
+    )
     from llama_lightning.training.callbacks import LastAndBest
     from llama_lightning.training.checkpoint_io import read_checkpoint
     from llama_lightning.training.llama_module import LlamaModule
@@ -93,6 +142,7 @@ def _run(arguments: list[str]) -> None:
             parser.add_lightning_class_args(SampleResponses, "samples")
             parser.add_lightning_class_args(MemoryReport, "memory")
             parser.add_lightning_class_args(ResponseWriter, "responses")
+            parser.add_lightning_class_args(JudgeCallback, "judge")
             parser.set_defaults({"seed_everything": 42, "trainer.log_every_n_steps": 10})
             parser.link_arguments(
                 "model",
@@ -175,7 +225,7 @@ def _run(arguments: list[str]) -> None:
             parser_kwargs={
                 "exit_on_error": False,
                 "prog": "python -m llama_lightning",
-                **dict.fromkeys(NAMES, strict),
+                **dict.fromkeys(LIGHTNING_VERBS, strict),
             },
             args=arguments,
         )
