@@ -38,11 +38,12 @@ class OpenAIJudge:
 
     def _refusal(self, error: Refused) -> JudgeError:
         if error.status in (401, 403):
-            key = self._key_env or "the key's environment variable"
-            return JudgeError(
-                f"{self._url} refuses the key (HTTP {error.status}: {error.message}); "
-                f"set judge.api_key_env, and in it {key}"
+            cure = (
+                f"check {self._key_env}"
+                if self._key_env
+                else ("name the environment variable that holds it in judge.api_key_env")
             )
+            return JudgeError(f"judge.base_url: {self._url} wants another key ({error}); {cure}")
         return JudgeError(f"{self._url} has no model {self._model} ({error}); set judge.model")
 
     def preflight(self) -> None:

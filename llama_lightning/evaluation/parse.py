@@ -19,11 +19,11 @@ class Parsed(NamedTuple):
     reason: str = ""
 
 
-_DECORATION = r"[\s:=*_`\"'(\[\]]*"
+_DECORATION = r"[\s:=*_`\"'(\[]*"
 _NUMBER = (
     r"(?P<number>[-−]?\d+(?:[.,]\d+)?)(?![^\W_])(?:\s*(?:/|out\s+of)\s*(?P<scale>\d+(?:\.\d+)?))?"
 )
-_RESULT = re.compile(r"\[(?:RESULT|SCORE)\b", re.IGNORECASE)
+_RESULT = re.compile(r"\[(?:RESULT|SCORE)\b[*_`]*\]?", re.IGNORECASE)
 _AFTER_RESULT = re.compile(_DECORATION + _NUMBER, re.IGNORECASE)
 # Words that mark a score too, but only as the last words: a feedback may speak of scores.
 _WORDS = re.compile(

@@ -38,7 +38,7 @@ REFERENCE_NOTE = "The reference answer shows what a response of score 5 may look
 _SPECIAL = re.compile(
     r"<(?=[|｜<])"
     r"|<(?=/?(?:s|bos|eos|pad|unk|think|start_of_turn|end_of_turn)>)"
-    r"|<(?=/?(?:task_instruction|task_input|reference_answer|graded_response)>)"
+    r"|<(?=/?(?:task_instruction|task_input|reference_answer|graded_response)\b)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|RESULT|SCORE)\b)",
     re.IGNORECASE,
 )
