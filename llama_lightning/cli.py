@@ -83,16 +83,14 @@ def _judge(arguments: list[str]) -> None:
     check_keys(arguments, parser.get_defaults().keys(), groups=groups)
     try:
         config = parser.parse_args([*group_arguments(arguments, groups), *arguments])
-        judge = JudgeConfig(**config.judge)
     except ArgumentError as error:
-        inner = _users_part(error)
-        raise (UsageError(plain_reason(str(error))) if inner is error else inner) from error
+        raise UsageError(plain_reason(str(error))) from error
     if config.responses.path is None:
         raise UsageError(
             "responses.path: not given; name the file that predict wrote, "
             "e.g. --responses.path lightning_logs/version_1/responses.jsonl"
         )
-    grade_file(judge, Path(config.responses.path))
+    grade_file(JudgeConfig(**vars(config.judge)), Path(config.responses.path))
 
 
 def _run(arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ from llama_lightning.evaluation.judge import (
     RequestFailed,
     TooLong,
 )
-from llama_lightning.evaluation.parse import GRADED, UNPARSED, Parsed, parse_score
+from llama_lightning.evaluation.parse import GRADED, Parsed, parse_score
 from llama_lightning.evaluation.prompts import build_prompt
 from llama_lightning.evaluation.report import Summary, summarise
 from llama_lightning.evaluation.responses import read_responses
@@ -31,6 +31,7 @@ from llama_lightning.evaluation.verdicts import BACKEND_ERROR, VerdictFile
 from llama_lightning.records import Response, Verdict
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0)
+TRUNCATED, EMPTY_RESPONSE, TOO_LONG = "truncated", "empty_response", "too_long"
 PARSE_RETRIES = 2
 RETRY_TEMPERATURE = 0.7  # at 0 another seed gives the same words
 MAX_ERRORS_IN_A_ROW = 3
@@ -95,21 +96,28 @@ def _ask(judge: Judge, request: Request) -> Reply:
     return judge.reply(request)
 
 
+def _ask_for_all(judge: Judge, request: Request) -> Reply:
+    """Ask, and once more with room for twice the reply if it was cut."""
+    reply = _ask(judge, request)
+    if not reply.truncated:
+        return reply
+    try:
+        return _ask(judge, request._replace(max_new_tokens=2 * request.max_new_tokens))
+    except TooLong:
+        return reply
+
+
 def _grade(judge: Judge, request: Request) -> tuple[Parsed, str]:
     """Ask until a reply can be read; the last reply comes along."""
-    parsed, reply = Parsed(UNPARSED), Reply("")
-    for attempt in range(1 + PARSE_RETRIES):
+    reply = _ask_for_all(judge, request)
+    for attempt in range(PARSE_RETRIES + 1):
         if attempt:
             warmer = max(request.temperature, RETRY_TEMPERATURE)
-            asked = request._replace(seed=request.seed + attempt, temperature=warmer)
-        else:
-            asked = request
-        reply = _ask(judge, asked)
-        if reply.truncated:
-            reply = _ask(judge, asked._replace(max_new_tokens=2 * asked.max_new_tokens))
+            again = request._replace(seed=request.seed + attempt, temperature=warmer)
+            reply = _ask_for_all(judge, again)
         if reply.truncated:  # its last number may be half a number
-            reason = f"cut at {2 * asked.max_new_tokens} tokens; raise judge.max_new_tokens"
-            return Parsed("truncated", reason=reason), reply.text
+            parsed = Parsed(TRUNCATED, reason="the reply was cut; raise judge.max_new_tokens")
+            break
         parsed = parse_score(reply.text)
         if parsed.status == GRADED:
             break
@@ -128,9 +136,9 @@ def _verdict(judge: Judge, item: _Item) -> Verdict:
         if response.response.strip():
             parsed, text = _grade(judge, item.request)
         else:
-            parsed = Parsed("empty_response", reason="nothing to grade")
+            parsed = Parsed(EMPTY_RESPONSE, reason="nothing to grade")
     except TooLong as error:
-        parsed = Parsed("too_long", reason=str(error))
+        parsed = Parsed(TOO_LONG, reason=str(error))
     except RequestFailed as error:
         if error.server:
             raise
@@ -235,7 +243,7 @@ def grade_file(config: JudgeConfig, path: Path) -> Summary:
     summary.write(folder / "summary.json")
     print(f"{judge.name}: {summary}\nverdicts in {file.path}")
     if not summary.graded:
-        first = next(verdict for verdict in verdicts)
+        first = verdicts[0]
         raise JudgeError(
             f"no response was graded; the first is {first.status}: {first.reason} (see {file.path})"
         )

@@ -57,15 +57,15 @@ def call_json(
         if error.code < 500 and error.code != 429:
             raise Refused(error.code, message) from error
         busy = error.code in (429, 503)
-        raise RequestFailed(f"HTTP {error.code}: {message}", server=busy) from error
+        raise RequestFailed(
+            f"HTTP {error.code}: {message}", status=error.code, server=busy
+        ) from error
     except TimeoutError as error:
         raise RequestFailed(f"no answer within {timeout_s:g} s") from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise RequestFailed(f"no answer within {timeout_s:g} s") from error
         raise RequestFailed(f"no connection ({error.reason})", server=True) from error
-    except ConnectionRefusedError as error:
-        raise RequestFailed(f"no connection ({error})", server=True) from error
     except (OSError, http.client.HTTPException) as error:
         raise RequestFailed(f"the connection broke ({type(error).__name__})") from error
     except ValueError as error:

@@ -58,6 +58,10 @@ class JudgeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"judge.{name} is {value}; use 1 or more")
+        if self.base_url and not self.base_url.startswith(("http://", "https://")):
+            raise UsageError(
+                f"judge.base_url is {self.base_url}; begin with http://, e.g. http://127.0.0.1:8000"
+            )
         if self.backend == "exact" and self.use_reference == "never":
             raise UsageError(
                 "judge.use_reference is never, and judge.backend exact compares with the "
@@ -95,13 +99,16 @@ class RequestFailed(Exception):
     """A request came to nothing.
 
     Attributes:
+        status: what HTTP said; 0 where nobody answered.
         again: another try may succeed.
         server: the whole server is at fault, not this request.
     """
 
-    def __init__(self, message: str, *, again: bool = True, server: bool = False) -> None:
+    def __init__(
+        self, message: str, *, status: int = 0, again: bool = True, server: bool = False
+    ) -> None:
         super().__init__(message)
-        self.again, self.server = again, server
+        self.status, self.again, self.server = status, again, server
 
 
 class Judge(Protocol):

@@ -27,14 +27,10 @@ def default_base_url() -> str:
     return f"{parts.scheme}://{name}" + (f":{port}" if port else "")
 
 
-def context_length(request: Request) -> int:
-    """Choose num_ctx: room for prompt and reply.
-
-    Powers of two, as Ollama loads the model again for each new value.
-    """
+def tokens_needed(request: Request) -> int:
+    """Estimate, from above, how many tokens the prompt and the longest reply take."""
     size = sum(len(part.encode()) for part in request.prompt)
-    needed = size // BYTES_PER_TOKEN + request.max_new_tokens
-    return max(MIN_CONTEXT, 1 << (needed - 1).bit_length())
+    return size // BYTES_PER_TOKEN + request.max_new_tokens
 
 
 class OllamaJudge:
@@ -90,12 +86,13 @@ class OllamaJudge:
 
     def reply(self, request: Request) -> Reply:
         """Chat once. See the protocol for what is raised."""
-        num_ctx = context_length(request)
-        if self._longest and num_ctx > max(self._longest, MIN_CONTEXT):
-            num_ctx = self._longest
-            size = sum(len(part.encode()) for part in request.prompt) // BYTES_PER_TOKEN
-            if size + request.max_new_tokens > num_ctx:
-                raise TooLong(f"prompt and reply may need more than the model's {num_ctx} tokens")
+        needed = tokens_needed(request)
+        # Powers of two, as Ollama loads the model again for each new value.
+        num_ctx = max(MIN_CONTEXT, 1 << (needed - 1).bit_length())
+        if self._longest:
+            if needed > self._longest:
+                raise TooLong(f"may need {needed} tokens, and the model takes {self._longest}")
+            num_ctx = min(num_ctx, self._longest)
         body = {
             "model": self._model,
             "messages": [

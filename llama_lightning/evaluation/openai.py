@@ -33,8 +33,8 @@ class OpenAIJudge:
 
     @property
     def name(self) -> str:
-        """Where it runs is part of the name: two servers may mean two models by one name."""
-        return f"openai {self._model} at {self._url}"
+        """The model, wherever it runs: a restarted server may have another port."""
+        return f"openai {self._model}"
 
     def _refusal(self, error: Refused) -> JudgeError:
         if error.status in (401, 403):
@@ -56,7 +56,7 @@ class OpenAIJudge:
             answer = call_json(f"{self._url}/models", timeout_s=PREFLIGHT_S, headers=self._headers)
             names = [model["id"] for model in answer["data"]]
         except RequestFailed as error:
-            if error.server or "within" in str(error):
+            if not error.status:
                 raise JudgeError(
                     f"judge.base_url: no server at {self._url}, {error}; start it, or set "
                     "judge.base_url to where it runs"

@@ -48,20 +48,22 @@ def read_responses(path: Path) -> list[Response]:
     for number, row in enumerate(_rows(path)):
         if not isinstance(row, dict):
             raise DataError(f"responses.path: {path}, row {number} is not a record")
-        row = {"input": "", "reference": row.get("output") or "", **row}
-        for name in ("instruction", "input", "reference", "response"):
-            if not isinstance(row.get(name), str):
+        texts: dict[str, Any] = {
+            "instruction": row.get("instruction"),
+            "input": row.get("input") or "",
+            "reference": row.get("reference") or row.get("output") or "",
+            "response": row.get("response"),
+        }
+        for name, text in texts.items():
+            if not isinstance(text, str):
                 raise DataError(f"responses.path: {path}, row {number}: no text {name!r}")
         responses.append(
             Response(
                 id=row.get("id", number),
-                instruction=row["instruction"],
-                input=row["input"],
-                reference=row["reference"],
-                response=row["response"],
                 num_tokens=row.get("num_tokens", 0),
                 finish_reason=row.get("finish_reason", ""),
                 sample=row.get("sample", 0),
+                **texts,
             )
         )
     if not responses:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -303,6 +304,23 @@ def test_a_passing_fault_costs_nothing(judge: Runner, fault: Fault) -> None:
     assert [v["status"] for v in done.verdicts] == ["graded"] * 6
 
 
+def test_a_hosted_server_without_a_list_of_models(judge: Runner) -> None:
+    class Unlisted(FakeOpenAI):
+        def get(self, handler: BaseHTTPRequestHandler) -> None:
+            self.send(handler, self.error("no cache"), 500)
+
+    with Unlisted() as server:
+        assert judge(server, "openai", model="anything").code == 0
+
+
+def test_a_cut_reply_of_a_model_without_more_room(judge: Runner) -> None:
+    with FakeOllama(lambda body: Words("[RESULT] 4", cut=True)) as server:
+        server.context_length = 3500
+        done = judge(server)
+    assert done.summary["excluded"] == {"truncated": 6}
+    assert {chat["options"]["num_ctx"] for chat in server.chats} == {3500}
+
+
 def test_an_error_under_http_200(judge: Runner) -> None:
     with FakeOllama(flaky([Fault(200, "an error was encountered while running the model")])) as s:
         done = judge(s)
@@ -462,6 +480,28 @@ def test_killed_and_resumed(responses: Path) -> None:
     assert 12 <= len(server.chats) <= 12 + killed  # what was on its way when it was killed
 
 
+def test_ctrl_c_ends_at_once(responses: Path) -> None:
+    asked = threading.Event()
+
+    def stuck(body: dict[str, Any]) -> Words:
+        if int(graded_text(body).split()[-1]) >= 2:
+            asked.set()
+            time.sleep(30)
+        return Words("[RESULT] 3")
+
+    with FakeOllama(stuck) as server:
+        command = [sys.executable, "-m", "llama_lightning", "judge", "--judge.backend=ollama"]
+        command += [f"--judge.base_url={server.url}", f"--responses.path={responses}"]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert asked.wait(timeout=30)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert time.monotonic() - start < 5
+    assert (process.returncode, said) == (130, "interrupted\n")
+    assert [v["id"] for v in rows(responses.parent / "verdicts.jsonl")] == [0, 1]
+
+
 def test_a_half_written_line(judge: Runner) -> None:
     with FakeOllama() as server:
         done = judge(server)
@@ -533,6 +573,7 @@ def test_broken_responses(judge: Runner, responses: Path, text: str, said: str) 
         ({"temperature": -1}, "judge.temperature is -1"),
         ({"read_timeout_s": 0}, "judge.read_timeout_s is 0"),
         ({"seed": "x"}, "judge.seed: expected a whole number, got x"),
+        ({"base_url": "127.0.0.1:8000"}, "begin with http://"),
         ({"backend": "openai"}, "judge.base_url: not given"),
         ({"backend": "exact", "use_reference": "never"}, "judge.use_reference is never"),
     ],
