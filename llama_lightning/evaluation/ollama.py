@@ -29,7 +29,7 @@ def default_base_url() -> str:
 
 def tokens_needed(request: Request) -> int:
     """Estimate, from above, how many tokens the prompt and the longest reply take."""
-    size = sum(len(part.encode()) for part in request.prompt)
+    size = sum(len(part.encode(errors="replace")) for part in request.prompt)
     return size // BYTES_PER_TOKEN + request.max_new_tokens
 
 

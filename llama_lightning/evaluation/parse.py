@@ -27,7 +27,7 @@ _RESULT = re.compile(r"\[(?:RESULT|SCORE)\b[*_`]*\]?", re.IGNORECASE)
 _AFTER_RESULT = re.compile(_DECORATION + _NUMBER, re.IGNORECASE)
 # Words that mark a score too, but only as the last words: a feedback may speak of scores.
 _WORDS = re.compile(
-    r"(?<![^\W_])(?:score[*_`\"]*\s*(?P<colon>[:=])?(?:of\s)?|result[*_`\"]*\s*(?P<colon2>:))"
+    r"(?<![^\W_])(?:score[*_`\"]*[ \t]?(?P<colon>[:=])?(?:of\s)?|result[*_`\"]*[ \t]?(?P<colon2>:))"
     + _DECORATION
     + _NUMBER,
     re.IGNORECASE,
@@ -49,10 +49,10 @@ def _read(match: re.Match[str], rest: str) -> Parsed:
         return Parsed(UNPARSED, reason=f"{number} out of {scale}, not of 5")
     if _MORE.match(rest):
         return Parsed(UNPARSED, reason=f"more than one score: {number}{rest[:12].rstrip()}")
-    value = int(number.replace("−", "-"))
-    if not 1 <= value <= 5:
-        return Parsed(OUT_OF_RANGE, reason=f"{value} is not from 1 to 5")
-    return Parsed(GRADED, value)
+    # The length first: Python refuses to convert thousands of digits.
+    if len(number) > 1 or not 1 <= int(number) <= 5:
+        return Parsed(OUT_OF_RANGE, reason=f"{number[:12]} is not from 1 to 5")
+    return Parsed(GRADED, int(number))
 
 
 def _from_json(text: str) -> Parsed | None:
@@ -62,7 +62,7 @@ def _from_json(text: str) -> Parsed | None:
         return None
     try:
         values = json.loads(bare)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if "score" not in values:
         return None

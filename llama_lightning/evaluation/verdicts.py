@@ -63,7 +63,8 @@ class VerdictFile:
     def append(self, verdict: Verdict) -> None:
         """Write a verdict; when this returns, it is on the disk."""
         line = json.dumps(verdict._asdict(), ensure_ascii=False) + "\n"
-        self._file.write(line.encode())
+        # A judge may write half a surrogate pair; its escape is JSON too.
+        self._file.write(line.encode(errors="backslashreplace"))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._rows[verdict.key] = verdict

@@ -336,6 +336,14 @@ def test_a_better_second_reply_counts(judge: Runner) -> None:
     assert [v["score"] for v in done.verdicts] == [2] * 6
 
 
+def test_half_a_surrogate_pair(judge: Runner, responses: Path) -> None:
+    write(responses, [record(0, response="a \ud800 b")])
+    with FakeOllama(lambda body: Words("\udfff [RESULT] 4")) as server:
+        done = judge(server)
+    assert done.code == 0
+    assert [v["text"] for v in done.verdicts] == ["\udfff [RESULT] 4"]
+
+
 def test_nothing_graded(judge: Runner) -> None:
     with FakeOllama(lambda body: Words("Good.")) as server:
         done = judge(server)

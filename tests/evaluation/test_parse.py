@@ -64,6 +64,9 @@ UNPARSED = [
     "4/5",
     "the score is 4",
     "[RESULT]",
+    '{"score": ' * 2000,
+    "Score:" + " \n" * 5000,
+    "[RESULT] " + "*" * 10000,
     "[RESULT] four",
     "[RESULT] good",
     "[RESULT] 4.5",
@@ -123,6 +126,7 @@ OUT_OF_RANGE = [
     '{"score": 6}',
     '{"score": -4}',
     "[RESULT] 99999999999999999999",
+    "[RESULT] " + "5" * 5000,
 ]
 
 
