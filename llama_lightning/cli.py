@@ -1,9 +1,13 @@
 """The command line: verbs over one YAML config. The one file that sees every layer."""
 
+import contextlib
 import logging
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 VERBS = """\
@@ -25,6 +29,27 @@ LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 NAMES = (*LIGHTNING_VERBS, "judge")
 
 
+@contextlib.contextmanager
+def _signals_stop() -> Iterator[None]:
+    """End with the shell's code for Ctrl-C and SIGTERM, 130 and 143, wherever they come.
+
+    Lightning ends with 1 on a Ctrl-C outside its loops, where the judge grades.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows no other
+        yield
+        return
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the process's exit code.
 
@@ -43,16 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from llama_lightning.errors import UsageError
 
             raise UsageError(f"unknown verb {given[0]}; verbs are {', '.join(NAMES)}")
-        if given[0] == "judge":
-            _judge(given[1:])
-        else:
-            _run(given)
+        with _signals_stop():
+            if given[0] == "judge":
+                _judge(given[1:])
+            else:
+                _run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
