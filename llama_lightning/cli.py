@@ -1,11 +1,15 @@
 """The command line: verbs over one YAML config. The one file that sees every layer."""
 
+import contextlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 VERBS = """\
@@ -16,20 +20,43 @@ verbs:
   validate   loss, perplexity and token accuracy of the validation part
   test       the same of the test part, and exact match and ROUGE-L of its answers
   predict    answer the test part (or data.predict_path); writes responses.jsonl
+  judge      grade responses.path by a judge (judge.backend); writes verdicts.jsonl, summary.json
 
 Every key of the YAML file can be given on the command line: --model.lora.rank 8
   python -m llama_lightning fit --help                       all keys with their meaning
   python -m llama_lightning fit --config FILE --print_config the config a run would use
   python -m llama_lightning fit --config configs/tiny_lora.yaml          start here
 """
-NAMES = ("fit", "validate", "test", "predict")
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+NAMES = (*LIGHTNING_VERBS, "judge")
+
+
+@contextlib.contextmanager
+def _signals_stop() -> Iterator[None]:
+    """End with the shell's code for Ctrl-C and SIGTERM, 130 and 143, wherever they come.
+
+    Lightning ends with 1 on a Ctrl-C outside its loops, where the judge grades.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows no other
+        yield
+        return
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the process's exit code.
 
-    Errors a user can mend are one line on stderr and a code: 2 for usage, 3 for data, weights and
-    checkpoints.
+    Errors a user can mend are one line on stderr and a code: 2 for usage, 3 for data, weights,
+    checkpoints and judges.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -48,14 +75,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from llama_lightning.errors import UsageError
 
             raise UsageError(f"unknown verb {given[0]}; verbs are {', '.join(NAMES)}")
-        _run(given)
+        with _signals_stop():
+            if given[0] == "judge":
+                _judge(given[1:])
+            else:
+                _run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
+
+
+def _judge(arguments: list[str]) -> None:
+    """Grade a file of responses: the same config, of which only two groups are read, and no model.
+
+    Not by LightningCLI, which would take seconds to build a network that nothing here needs.
+    """
+    from pathlib import Path
+
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from llama_lightning.errors import UsageError
+    from llama_lightning.evaluation.grading import grade_file
+    from llama_lightning.evaluation.judge import JudgeConfig
+    from llama_lightning.usage import check_keys, group_arguments, plain_reason
+
+    parser = ArgumentParser(
+        prog="python -m llama_lightning judge",
+        description="Grade a file of responses. Keys of the config that are not here are not read.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", help="a YAML file")
+    parser.add_argument("--responses.path", help="what predict wrote, or a JSON list of records")
+    parser.add_class_arguments(JudgeConfig, "judge")
+    groups = ("judge", "responses")
+    check_keys(arguments, parser.get_defaults().keys(), groups=groups)
+    try:
+        config = parser.parse_args([*group_arguments(arguments, groups), *arguments])
+    except ArgumentError as error:
+        raise UsageError(plain_reason(str(error))) from error
+    if config.responses.path is None:
+        raise UsageError(
+            "responses.path: not given; name the file that predict wrote, "
+            "e.g. --responses.path lightning_logs/version_1/responses.jsonl"
+        )
+    grade_file(JudgeConfig(**vars(config.judge)), Path(config.responses.path))
 
 
 def _run(arguments: list[str]) -> None:
@@ -71,7 +136,13 @@ def _run(arguments: list[str]) -> None:
 
     from llama_lightning.data.alpaca import AlpacaDataModule
     from llama_lightning.errors import UsageError
-    from llama_lightning.evaluation.callbacks import ResponseWriter, SampleResponses, TestScores
+    from llama_lightning.evaluation.callbacks import (
+        JudgeCallback,
+        ResponseWriter,
+        SampleResponses,
+        TestScores,
+    )
+    from llama_lightning.evaluation.judge import JudgeConfig
     from llama_lightning.keys import help_text, keys_of
     from llama_lightning.training.callbacks import LastAndBest
     from llama_lightning.training.checkpoint_io import read_checkpoint
@@ -87,6 +158,7 @@ def _run(arguments: list[str]) -> None:
         "samples": SampleResponses,
         "memory": MemoryReport,
         "responses": ResponseWriter,
+        "judge": JudgeConfig,
         "trainer": Trainer,
     }
     if "--help" in arguments or "-h" in arguments:
@@ -130,6 +202,7 @@ def _run(arguments: list[str]) -> None:
             parser.add_lightning_class_args(LastAndBest, "checkpoint")
             for prefix in ("samples", "memory", "responses"):
                 parser.add_lightning_class_args(SECTIONS[prefix], prefix)
+            parser.add_lightning_class_args(JudgeCallback, "judge")
             parser.set_defaults({"seed_everything": 42, "trainer.log_every_n_steps": 10})
             parser.link_arguments(
                 "model",
@@ -220,7 +293,7 @@ def _run(arguments: list[str]) -> None:
             parser_kwargs={
                 "exit_on_error": False,
                 "prog": "python -m llama_lightning",
-                **dict.fromkeys(NAMES, strict),
+                **dict.fromkeys(LIGHTNING_VERBS, strict),
             },
             args=arguments,
         )

@@ -27,3 +27,7 @@ class WeightsError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used, or that contradicts the configuration."""
+
+
+class JudgeError(UserError):
+    """A judge that cannot grade, or files of its that cannot be used."""

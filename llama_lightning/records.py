@@ -67,3 +67,16 @@ class Response(NamedTuple):
     num_tokens: int
     finish_reason: str
     sample: int = 0  # written only where a prompt has several responses
+
+
+class Verdict(NamedTuple):
+    """One row of verdicts.jsonl: what a judge says of one response."""
+
+    key: str  # a hash of all that decides the verdict: judge, prompt, parameters, sample
+    judge: str
+    id: int
+    sample: int
+    status: str  # "graded", or in one word why there is no score
+    score: int | None  # from 1 to 5
+    reason: str  # empty where there is a score
+    text: str  # the judge's last reply, as it came

@@ -6,6 +6,7 @@ reason.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from llama_lightning.errors import UsageError
 
+COMMAND_LINE = "the command line"
 # Values that are classes of Lightning's with arguments of their own; jsonargparse checks those.
 OPEN_KEYS = tuple(
     f"trainer.{key}" for key in ("callbacks", "logger", "plugins", "strategy", "profiler")
@@ -62,19 +64,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def config_files(arguments: list[str]) -> Iterator[str]:
+    """List the config files that a command line names."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument in ("--config", "-c") and following:
+            yield following
+        elif argument.startswith(("--config=", "-c=")):
+            yield argument.partition("=")[2]
+
+
 def given_keys(arguments: list[str]) -> Iterator[tuple[str, str]]:
     """List (dotted key, where it stands) for all keys of the config files and the command line."""
-    waiting = False  # for the file name behind --config
+    for path in config_files(arguments):
+        yield from ((key, path) for key in _flatten(read_config(Path(path))))
     for argument in arguments:
-        if waiting or argument.startswith(("--config=", "-c=")):
-            waiting = False
-            path = argument.removeprefix("--config=").removeprefix("-c=")
-            yield from ((key, path) for key in _flatten(read_config(Path(path))))
-        elif argument in ("--config", "-c"):
-            waiting = True
-        elif argument.startswith("--"):
-            key = argument[2:].partition("=")[0].rstrip("+")
-            yield key.replace(".init_args", ""), "the command line"
+        key = argument[2:].partition("=")[0].rstrip("+")
+        if argument.startswith("--") and key != "config":
+            yield key.replace(".init_args", ""), COMMAND_LINE
 
 
 # Names that other tools, and the original of this project, have for our keys.
@@ -118,19 +124,42 @@ ALIASES = {
 }
 
 
-def check_keys(arguments: list[str], known: Iterable[str]) -> None:
+def group_arguments(arguments: list[str], groups: tuple[str, ...]) -> Iterator[str]:
+    """Write some groups of the config files as arguments, for a parser that knows no others."""
+    for path in config_files(arguments):
+        for group, values in read_config(Path(path)).items():
+            if group not in groups:
+                continue
+            if not isinstance(values, dict):
+                raise UsageError(f"{group} in {path}: keys and values are needed, not {values!r}")
+            for key, value in values.items():
+                text = value if isinstance(value, str) else json.dumps(value)
+                yield f"--{group}.{key}={text}"
+
+
+def check_keys(
+    arguments: list[str], known: Iterable[str], groups: tuple[str, ...] | None = None
+) -> None:
     """Refuse a key that nothing would read, naming the nearest that something would.
+
+    Args:
+        arguments: the command line.
+        known: the keys that are read.
+        groups: if given, keys of other groups may stand in a config file, for other verbs.
 
     Raises:
         UsageError: unknown key.
     """
     known = {*known, "help", "config", "print_config"}
-    groups = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
-    known = sorted(known - groups)
+    parents = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
+    known = sorted(known - parents)
     for key, where in given_keys(arguments):
-        if key in known or key in groups or key.startswith(OPEN_KEYS):
+        if key in known or key in parents or key.startswith(OPEN_KEYS):
             continue
-        if key.endswith(".class_path") and key.removesuffix(".class_path") in groups:
+        if key.endswith(".class_path") and key.removesuffix(".class_path") in parents:
+            continue
+        in_a_file = where != COMMAND_LINE
+        if groups and in_a_file and key.partition(".")[0] not in groups:
             continue
         nearest = ALIASES.get(key.rpartition(".")[2])
         nearest = nearest or max(known, key=lambda name: _likeness(key, name))

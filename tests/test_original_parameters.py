@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llama_lightning.cli import main
 from llama_lightning.model.config import PRESETS
+from tests.fake_ollama import FakeOllama
 from tests.small import write_byte_tokenizer, write_small_llama
 
 ROOT = Path(__file__).parents[1]
@@ -386,6 +387,31 @@ def test_generation_freq(run: Runner) -> None:
     prompts = [[row.split(" | ")[0] for row in text.split("\n")[2:]] for text in texts]
     assert prompts[0] == prompts[1] == prompts[2]  # the same prompts each time
     assert len(prompts[0]) == 2
+
+
+def test_use_ollama_for_eval(run: Runner, place: Path) -> None:
+    keys = {"model.base_model": place / "other-base", "model.generation.max_new_tokens": 8}
+    with FakeOllama() as server:
+        off = run("predict", **keys)
+        assert not server.paths
+        on = run("predict", **keys, **{"judge.backend": "ollama", "judge.base_url": server.url})
+    assert not (off.version / "verdicts.jsonl").exists()
+    assert [v["score"] for v in rows(on.version / "verdicts.jsonl")] == [4] * 5
+    assert "4.00 [4.00, 4.00], n=5 of 5" in on.output
+    assert on.scalars("judge/mean") == [4.0]
+
+
+def test_ollama_model_name(run: Runner, place: Path) -> None:
+    keys = {"model.base_model": place / "other-base", "model.generation.max_new_tokens": 8}
+    with FakeOllama() as server:
+        keys |= {"judge.backend": "ollama", "judge.base_url": server.url}
+        run("predict", **keys)
+        run("predict", **keys, **{"judge.model": "mistral:7b"})
+        absent = run("predict", **keys, **{"judge.model": "qwen3"})
+    asked = [chat["model"] for chat in server.chats]
+    assert asked == ["llama3.1"] * 5 + ["mistral:7b"] * 5  # the default, as there
+    assert absent.code == 3
+    assert "`ollama pull qwen3`" in absent.output
 
 
 # Optimization and memory

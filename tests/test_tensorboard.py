@@ -74,7 +74,7 @@ def test_texts_are_tables_of_answers(page):
     steps = json.loads(_get(f"{page}/data/plugin/text/text?{query}"))
     assert [step["step"] for step in steps] == [0, 2, 4]
     assert "<table>" in steps[0]["text"], "Markdown that TensorBoard does not take for a table"
-    assert len(re.findall("<tr>", steps[0]["text"])) == 1 + 2
+    assert len(re.findall("<tr>", steps[0]["text"])) == 1 + 1 + 2  # a frame, the head, two prompts
 
 
 def test_hparams_are_what_was_chosen(page):

@@ -1,5 +1,6 @@
 """Responses as they finish: to a file in predict, to scores in test, to the log during fit."""
 
+import gc
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from llama_lightning.errors import UsageError
+from llama_lightning.evaluation.grading import grade_file, make_judge
+from llama_lightning.evaluation.judge import JudgeConfig
 from llama_lightning.evaluation.scores import TextScores
 from llama_lightning.records import Generation, Response
 
@@ -58,29 +61,29 @@ class ResponseWriter(Callback):
                 "trainer.logger false leaves the run without a folder; set responses.path"
             )
         target = self.path or Path(trainer.log_dir or ".") / "responses.jsonl"
-        self._target = Path(trainer.strategy.broadcast(target))
+        self.target = Path(trainer.strategy.broadcast(target))
         self._ranks = trainer.world_size
         try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self.target.parent.mkdir(parents=True, exist_ok=True)
             self._part(trainer.global_rank).touch()
         except OSError as error:
             raise UsageError(
-                f"responses.path: {self._target} cannot be written ({error})"
+                f"responses.path: {self.target} cannot be written ({error})"
             ) from error
 
     def _part(self, rank: int) -> Path:
         if self._ranks == 1:
-            return self._target
-        return self._target.with_name(f"{self._target.name}.rank{rank}")
+            return self.target
+        return self.target.with_name(f"{self.target.name}.rank{rank}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for finished rows."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._rows = {row.id: row for row in data.predict_rows}
         self._decode: Callable[[list[int]], str] = data.tokenizer.decode
-        if self._ranks == 1 and self._target.stat().st_size:
+        if self._ranks == 1 and self.target.stat().st_size:
             # The answers of an earlier run stay readable until this one is through, and after.
-            self._target.replace(self._target.with_name(self._target.name + ".previous"))
+            self.target.replace(self.target.with_name(self.target.name + ".previous"))
         self._file: TextIO = self._part(trainer.global_rank).open("w", encoding="utf-8")
         self._several = pl_module.generation.num_samples > 1  # type: ignore[operator, union-attr]
         pl_module.on_generation.append(self._write)  # type: ignore[operator, union-attr]
@@ -107,9 +110,9 @@ class ResponseWriter(Callback):
         # A text file is read line by line at "\n" alone; splitlines would cut at U+2028 as well.
         responses = [Response(**json.loads(row)) for part in parts for row in part.open("rb")]
         responses.sort(key=lambda r: (r.id, r.sample))
-        temporary = self._target.with_name(self._target.name + ".tmp")
+        temporary = self.target.with_name(self.target.name + ".tmp")
         temporary.write_text("".join(map(self._line, responses)), encoding="utf-8")
-        temporary.replace(self._target)
+        temporary.replace(self.target)
         if self._ranks > 1:
             for part in parts:
                 part.unlink()
@@ -119,11 +122,11 @@ class ResponseWriter(Callback):
         scores = TextScores()
         for response in responses:
             scores.add(response)
-        print(f"{len(responses)} responses in {self._target}\n{scores}")
+        print(f"{len(responses)} responses in {self.target}\n{scores}")
         for logger in trainer.loggers:
             logger.log_metrics(scores.metrics("predict"), step=trainer.global_step)
             if hasattr(logger, "log_artifact"):
-                logger.log_artifact("responses.jsonl", self._target)
+                logger.log_artifact("responses.jsonl", self.target)
             logger.save()
 
 
@@ -221,3 +224,41 @@ class SampleResponses(Callback):
                 logger.log_text(
                     "samples/responses", columns=self.COLUMNS, data=table, step=trainer.global_step
                 )
+
+
+class JudgeCallback(Callback):
+    """Have the responses of predict graded, once the model has left the device.
+
+    Only one process may: under several ranks the others would wait hours for the judge.
+
+    Args:
+        **kwargs: the fields of JudgeConfig.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.config = JudgeConfig(**kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out before the first answer that the judge is not there."""
+        asked = stage == "predict" and self.config.backend != "none"
+        if asked and trainer.world_size == 1:
+            make_judge(self.config).preflight()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Grade, or say how; Lightning has just moved the model off the device."""
+        if stage != "predict" or self.config.backend == "none" or not trainer.is_global_zero:
+            return
+        writer = next(c for c in trainer.callbacks if isinstance(c, ResponseWriter))  # type: ignore[attr-defined]
+        if trainer.world_size > 1:
+            print(
+                "next: python -m llama_lightning judge --config FILE "
+                f"--judge.backend {self.config.backend} --responses.path {writer.target}"
+            )
+            return
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        summary = grade_file(self.config, writer.target)
+        for logger in trainer.loggers:
+            logger.log_metrics(summary.metrics(), step=trainer.global_step)
+            logger.save()

@@ -29,7 +29,7 @@ class RunLogger(TensorBoardLogger):
 
         # The first of the three would fix the page's columns to those of one run; without it
         # TensorBoard gathers them from all runs.
-        _, begin, end = hparams(dict(params), {})
+        _, begin, end = hparams(dict(params), {})  # type: ignore[no-untyped-call]
         for summary in (begin, end):
             self.experiment._get_file_writer().add_summary(summary)
 

@@ -1,0 +1,135 @@
+"""What a judge is: text in, text out; and how it is set.
+
+It knows no prompt, no file and no server. One file each: exact.py, ollama.py, openai.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from llama_lightning.errors import UsageError
+from llama_lightning.evaluation.prompts import JudgePrompt
+from llama_lightning.records import Response
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who grades the responses, and how.
+
+    Args:
+        backend: `exact` compares with the reference and needs no model; `ollama`; `openai` is any
+            server with /v1/chat/completions; `none` grades nothing.
+        model: the judge model's name on the server.
+        base_url: the server; for ollama by default OLLAMA_HOST, or http://127.0.0.1:11434.
+        api_key_env: name of the environment variable that holds the server's key, if it wants one.
+        output: folder of verdicts.jsonl and summary.json; by default that of the responses.
+        use_reference: show the reference answers to the judge; `auto` does if every row has one.
+        temperature: of the judge's reply; 0 takes the likeliest token.
+        max_new_tokens: longest reply, in tokens; one that is cut is asked for again with twice.
+        seed: of the judge's reply.
+        concurrency: responses that are graded at the same time.
+        read_timeout_s: seconds to wait for one reply; the first may have to load the model.
+        limit: grade only the first so many responses; null grades all.
+    """
+
+    backend: Literal["none", "exact", "ollama", "openai"] = "none"
+    model: str = "llama3.1"
+    base_url: str | None = None
+    api_key_env: str | None = None
+    output: str | None = None
+    use_reference: Literal["auto", "always", "never"] = "auto"
+    temperature: float = 0.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+    concurrency: int = 1
+    read_timeout_s: float = 300.0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            UsageError: a value out of range, or two that contradict each other.
+        """
+        if not self.temperature >= 0:
+            raise UsageError(f"judge.temperature is {self.temperature}; use 0 or more")
+        if not self.read_timeout_s > 0:
+            raise UsageError(f"judge.read_timeout_s is {self.read_timeout_s}; use more than 0")
+        for name in ("max_new_tokens", "concurrency", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"judge.{name} is {value}; use 1 or more")
+        if self.base_url and not self.base_url.startswith(("http://", "https://")):
+            raise UsageError(
+                f"judge.base_url is {self.base_url}; begin with http://, e.g. http://127.0.0.1:8000"
+            )
+        if self.backend == "exact" and self.use_reference == "never":
+            raise UsageError(
+                "judge.use_reference is never, and judge.backend exact compares with the "
+                "reference; use another backend"
+            )
+        if self.backend == "openai" and not self.base_url:
+            raise UsageError(
+                "judge.base_url: not given; name the server of judge.backend openai, "
+                "e.g. http://127.0.0.1:8000"
+            )
+
+
+class Request(NamedTuple):
+    """One question to a judge."""
+
+    prompt: JudgePrompt
+    response: Response  # what the prompt is about
+    temperature: float
+    seed: int
+    max_new_tokens: int
+
+
+class Reply(NamedTuple):
+    """A judge's words."""
+
+    text: str
+    truncated: bool = False  # cut at max_new_tokens
+
+
+class TooLong(Exception):
+    """The prompt and the longest reply do not fit the judge's context."""
+
+
+class RequestFailed(Exception):
+    """A request came to nothing.
+
+    Attributes:
+        status: what HTTP said; 0 where nobody answered.
+        again: another try may succeed.
+        server: the whole server is at fault, not this request.
+    """
+
+    def __init__(
+        self, message: str, *, status: int = 0, again: bool = True, server: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.status, self.again, self.server = status, again, server
+
+
+class Judge(Protocol):
+    """Whoever grades. `reply` is called from several threads."""
+
+    @property
+    def name(self) -> str:
+        """The judge's full name; complete after `preflight`."""
+
+    def preflight(self) -> None:
+        """Find out within seconds that it cannot grade.
+
+        Raises:
+            JudgeError: says what is missing and how to get it.
+        """
+
+    def reply(self, request: Request) -> Reply:
+        """Answer a prompt.
+
+        Raises:
+            RequestFailed: no answer.
+            TooLong: no room for the prompt.
+            JudgeError: no request can succeed.
+        """

@@ -1,0 +1,132 @@
+"""A judge behind Ollama's own API, /api/chat.
+
+Its /v1 route would ignore the context length, and cut long prompts in silence.
+Source: docs/api.md of the Ollama repository.
+"""
+
+import os
+from typing import Any
+from urllib.parse import urlsplit
+
+from llama_lightning.errors import JudgeError
+from llama_lightning.evaluation.http_json import Refused, call_json
+from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
+
+PREFLIGHT_S = 4.0
+KEEP_ALIVE = "15m"  # Ollama's 5m may end between two slow replies
+MIN_CONTEXT = 4096
+BYTES_PER_TOKEN = 2  # English has 4; few for other scripts and digits, so that nothing is cut
+
+
+def default_base_url() -> str:
+    """Read OLLAMA_HOST as Ollama's own client does."""
+    host = os.environ.get("OLLAMA_HOST", "").strip() or "127.0.0.1"
+    parts = urlsplit(host if "://" in host else f"http://{host}")
+    port = parts.port or (11434 if "://" not in host else None)
+    name = "127.0.0.1" if parts.hostname in (None, "0.0.0.0") else parts.hostname
+    return f"{parts.scheme}://{name}" + (f":{port}" if port else "")
+
+
+def tokens_needed(request: Request) -> int:
+    """Estimate, from above, how many tokens the prompt and the longest reply take."""
+    size = sum(len(part.encode(errors="replace")) for part in request.prompt)
+    return size // BYTES_PER_TOKEN + request.max_new_tokens
+
+
+class OllamaJudge:
+    """A model on an Ollama server."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self._url = (config.base_url or default_base_url()).rstrip("/")
+        self._model = config.model
+        self._read_timeout_s = config.read_timeout_s
+        self._digest = ""
+        self._longest = 0  # the model's context in tokens; 0 is unknown
+
+    @property
+    def name(self) -> str:
+        """Name and digest: a tag that is pulled again is another judge."""
+        return f"ollama {self._model}" + (f" {self._digest}" if self._digest else "")
+
+    def preflight(self) -> None:
+        """Ask for the model and its context length.
+
+        Raises:
+            JudgeError: no server, or no such model.
+        """
+        try:
+            models = call_json(f"{self._url}/api/tags", timeout_s=PREFLIGHT_S)["models"]
+        except RequestFailed as error:
+            raise JudgeError(
+                f"judge.base_url: no Ollama at {self._url}, {error}; start it with `ollama serve`, "
+                "or set judge.base_url or OLLAMA_HOST to where it runs"
+            ) from error
+        except (Refused, KeyError, TypeError) as error:
+            raise JudgeError(
+                f"judge.base_url: {self._url} does not answer as Ollama does ({error})"
+            ) from error
+        digests = {model["name"]: model.get("digest", "") for model in models}
+        full = self._model if ":" in self._model else f"{self._model}:latest"
+        if full not in digests:
+            there = ", ".join(sorted(digests)) or "none"
+            raise JudgeError(
+                f"judge.model: {self._model} is not on the Ollama at {self._url}; get it with "
+                f"`ollama pull {self._model}` (installed: {there})"
+            )
+        self._digest = digests[full].removeprefix("sha256:")[:12]
+        try:
+            about = call_json(
+                f"{self._url}/api/show", {"model": self._model}, timeout_s=PREFLIGHT_S
+            )
+        except (RequestFailed, Refused):
+            return  # older servers; the context stays unknown
+        for key, value in about.get("model_info", {}).items():
+            if key.endswith(".context_length"):
+                self._longest = int(value)
+
+    def reply(self, request: Request) -> Reply:
+        """Chat once. See the protocol for what is raised."""
+        needed = tokens_needed(request)
+        # Powers of two, as Ollama loads the model again for each new value.
+        num_ctx = max(MIN_CONTEXT, 1 << (needed - 1).bit_length())
+        if self._longest:
+            if needed > self._longest:
+                raise TooLong(f"may need {needed} tokens, and the model takes {self._longest}")
+            num_ctx = min(num_ctx, self._longest)
+        body = {
+            "model": self._model,
+            "messages": [
+                {"role": "system", "content": request.prompt.system},
+                {"role": "user", "content": request.prompt.user},
+            ],
+            "stream": False,
+            "keep_alive": KEEP_ALIVE,
+            "options": {
+                "num_ctx": num_ctx,
+                "num_predict": request.max_new_tokens,
+                "seed": request.seed,
+                "temperature": request.temperature,
+            },
+        }
+        try:
+            answer = call_json(f"{self._url}/api/chat", body, timeout_s=self._read_timeout_s)
+        except Refused as error:
+            if error.status == 404:
+                raise JudgeError(
+                    f"judge.model: {error.message}; get it with `ollama pull {self._model}`"
+                ) from error
+            if "context" in error.message or "too long" in error.message:
+                raise TooLong(error.message) from error
+            raise RequestFailed(str(error), again=False) from error
+        return _reply(answer)
+
+
+def _reply(answer: Any) -> Reply:
+    """Read the words; an error may come under HTTP 200 too."""
+    if not isinstance(answer, dict) or "error" in answer:
+        raise RequestFailed(str(answer["error"] if isinstance(answer, dict) else answer))
+    try:
+        text, reason = answer["message"]["content"], answer.get("done_reason")
+    except (KeyError, TypeError) as error:
+        raise RequestFailed("the answer has no message") from error
+    return Reply(text or "", truncated=reason == "length")

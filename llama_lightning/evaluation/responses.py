@@ -1,0 +1,71 @@
+"""Responses from a file: our responses.jsonl, or a JSON list of records with their responses.
+
+It knows who answered as little as who will grade.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama_lightning.errors import DataError
+from llama_lightning.records import Response
+
+
+def _rows(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"responses.path: {path}: no such file; `predict` writes one") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"responses.path: {path} cannot be read ({error})") from error
+    if text.lstrip().startswith("["):
+        try:
+            return list(json.loads(text))
+        except ValueError as error:
+            raise DataError(f"responses.path: {path} is not JSON ({error})") from error
+    rows = []
+    # Not splitlines(), which would cut at the U+2028 inside a text.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"responses.path: {path}, line {number} is not JSON ({error}); a killed predict "
+                "may have cut it: delete the line"
+            ) from error
+    return rows
+
+
+def read_responses(path: Path) -> list[Response]:
+    """Read responses; `reference` may be called `output`, ids default to row numbers.
+
+    Raises:
+        DataError: no such file, not JSON, a row without instruction or response, no rows.
+    """
+    responses = []
+    for number, row in enumerate(_rows(path)):
+        if not isinstance(row, dict):
+            raise DataError(f"responses.path: {path}, row {number} is not a record")
+        texts: dict[str, Any] = {
+            "instruction": row.get("instruction"),
+            "input": row.get("input") or "",
+            "reference": row.get("reference") or row.get("output") or "",
+            "response": row.get("response"),
+        }
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise DataError(f"responses.path: {path}, row {number}: no text {name!r}")
+        responses.append(
+            Response(
+                id=row.get("id", number),
+                num_tokens=row.get("num_tokens", 0),
+                finish_reason=row.get("finish_reason", ""),
+                sample=row.get("sample", 0),
+                **texts,
+            )
+        )
+    if not responses:
+        raise DataError(f"responses.path: {path} has no responses")
+    return responses

@@ -1,0 +1,707 @@
+"""Grading through the command line, against real servers on 127.0.0.1.
+
+Each test looks at what was asked (the server's record) and at what was left (files, words, code).
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from llama_lightning.cli import main
+from llama_lightning.evaluation import grading
+from tests.fake_ollama import Brain, FakeOllama, FakeOpenAI, FakeServer, Fault, Words, four
+
+ROOT = Path(__file__).parents[2]
+USAGE, BACKEND = 2, 3
+FILE = "responses.jsonl"
+
+
+class Run(NamedTuple):
+    """What the verb left behind."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def verdicts(self) -> list[dict[str, Any]]:
+        return rows(self.folder / "verdicts.jsonl")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def error(self) -> str:
+        return next(line for line in self.output.splitlines() if line.startswith("error: "))
+
+
+Runner = Callable[..., Run]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def record(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": number,
+        "instruction": f"Say {number}.",
+        "input": "",
+        "reference": f"{number}",
+        "response": f"Answer {number}",
+        "num_tokens": 3,
+        "finish_reason": "stop",
+        **changes,
+    }
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in records))
+    return path
+
+
+@pytest.fixture
+def responses(tmp_path: Path) -> Path:
+    return write(tmp_path / "responses.jsonl", [record(i) for i in range(6)])
+
+
+@pytest.fixture
+def judge(
+    responses: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Runner:
+    """Run the verb in this process, without long waits between tries."""
+    monkeypatch.setattr(grading, "RETRY_DELAYS_S", (0.01, 0.01, 0.01))
+
+    def call(server: FakeServer | None = None, backend: str = "ollama", **keys: Any) -> Run:
+        keys = {"backend": backend, **keys}
+        if server is not None:
+            keys["base_url"] = server.url
+        arguments = [f"--judge.{key}={value}" for key, value in keys.items()]
+        code = main(["judge", f"--responses.path={responses}", *arguments])
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        return Run(code, captured.out + captured.err, responses.parent)
+
+    return call
+
+
+def graded_text(body: dict[str, Any]) -> str:
+    user = body["messages"][1]["content"]
+    return re.search(r"<graded_response>\n(.*)\n</graded_response>", user, re.DOTALL)[1]
+
+
+def by_response(replies: dict[str, Words | Fault]) -> Brain:
+    """Answer by the last word of what is graded."""
+    return lambda body: replies[graded_text(body).split()[-1]]
+
+
+# What is asked, and what is left
+
+
+def test_ollama(judge: Runner) -> None:
+    with FakeOllama() as server:
+        done = judge(server, max_new_tokens=300, seed=7)
+    assert done.code == 0
+    assert server.paths == ["/api/tags", "/api/show", *["/api/chat"] * 6]
+    body = server.chats[0]
+    assert body["model"] == "llama3.1"
+    assert body["options"] == {"num_ctx": 4096, "num_predict": 300, "seed": 7, "temperature": 0.0}
+    assert body["keep_alive"] == "15m"
+    assert body["stream"] is False
+    system, user = body["messages"]
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert "<task_instruction>\nSay 0.\n</task_instruction>" in user["content"]
+    assert "<reference_answer>\n0\n</reference_answer>" in user["content"]
+    assert "5: The response fully adheres to the instructions" in user["content"]
+    assert "task_input" not in user["content"]
+    assert [v["id"] for v in done.verdicts] == list(range(6))
+    assert {v["score"] for v in done.verdicts} == {4}
+    assert done.summary["judge"] == "ollama llama3.1 000000000000"
+    assert (done.summary["mean"], done.summary["graded"], done.summary["total"]) == (4.0, 6, 6)
+    assert "4.00 [4.00, 4.00], n=6 of 6\n" in done.output
+
+
+def test_openai(judge: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "secret")
+    with FakeOpenAI(key="secret") as server:
+        done = judge(server, "openai", model="judge", api_key_env="A_KEY")
+        wrong = judge(server, "openai", model="jugde", api_key_env="A_KEY")
+        without = judge(server, "openai", model="judge")
+    unset = judge(server, "openai", model="judge", api_key_env="NO_KEY")
+    assert done.code == 0
+    assert server.chats[0]["max_tokens"] == 1024
+    assert done.summary["mean"] == 4.0
+    assert wrong.code == without.code == BACKEND
+    assert "there are judge, other" in wrong.error
+    assert "holds it in judge.api_key_env" in without.error
+    assert unset.code == USAGE
+    assert "NO_KEY is not set" in unset.error
+    assert "secret" not in done.output + wrong.output + without.output
+
+
+def test_the_same_prompts_for_both_servers(judge: Runner, tmp_path: Path) -> None:
+    with FakeOllama() as one, FakeOpenAI() as other:
+        judge(one, output=tmp_path / "one")
+        judge(other, "openai", model="judge", output=tmp_path / "other")
+    assert [c["messages"] for c in one.chats] == [c["messages"] for c in other.chats]
+
+
+def test_the_config_file_and_the_command_line(judge: Runner, tmp_path: Path) -> None:
+    with FakeOllama() as server:
+        text = "model: {base_model: nowhere}\ntrainer: {max_steps: 3}\n"
+        text += f"judge: {{backend: ollama, base_url: '{server.url}', limit: 3}}\n"
+        config = tmp_path / "run.yaml"
+        config.write_text(text + f"responses: {{path: {tmp_path}/responses.jsonl}}\n")
+        assert main(["judge", "--config", str(config), "--judge.limit", "2"]) == 0
+        assert len(server.chats) == 2
+        assert main(["judge", "--config", str(config)]) == 0
+        assert len(server.chats) == 3
+
+
+def test_long_prompts_get_a_larger_context(judge: Runner, responses: Path) -> None:
+    write(responses, [record(0, response="word " * 3000), record(1, response="word " * 30000)])
+    with FakeOllama() as server:
+        server.context_length = 32768
+        done = judge(server)
+    assert [body["options"]["num_ctx"] for body in server.chats] == [16384]
+    assert [v["status"] for v in done.verdicts] == ["graded", "too_long"]
+
+
+def test_a_list_of_records(judge: Runner, responses: Path) -> None:
+    keep = ("instruction", "input", "response")
+    listed = [{"output": "x", **{k: record(i)[k] for k in keep}} for i in range(3)]
+    responses.write_text(json.dumps(listed))
+    with FakeOllama() as server:
+        done = judge(server)
+    assert [v["id"] for v in done.verdicts] == [0, 1, 2]
+    assert "<reference_answer>\nx\n" in server.chats[0]["messages"][1]["content"]
+
+
+def test_equal_responses_are_graded_once(judge: Runner, responses: Path) -> None:
+    write(responses, [record(i, instruction="Q", reference="a", response="b") for i in range(4)])
+    with FakeOllama() as server:
+        done = judge(server)
+    assert len(server.chats) == 1
+    assert done.summary["graded"] == 4
+
+
+@pytest.mark.parametrize(
+    ("use", "references", "shown"),
+    [
+        ("auto", ["a", "b"], True),
+        ("auto", ["a", ""], False),
+        ("never", ["a", "b"], False),
+        ("always", ["a", "b"], True),
+        ("always", ["a", ""], None),
+    ],
+)
+def test_references(
+    judge: Runner, responses: Path, use: str, references: list[str], shown: bool | None
+) -> None:
+    write(responses, [record(i, reference=text) for i, text in enumerate(references)])
+    with FakeOllama() as server:
+        done = judge(server, use_reference=use)
+    if shown is None:
+        assert done.code == USAGE
+        assert "1 of 2 rows have no reference (the first has id 1)" in done.error
+        return
+    prompts = [chat["messages"][1]["content"] for chat in server.chats]
+    assert {"<reference_answer>" in prompt for prompt in prompts} == {shown}
+    assert done.summary["with_reference"] is shown
+
+
+def test_exact(judge: Runner, responses: Path) -> None:
+    texts = {" the cat sat\n": 5, "the cat": 3, "dog": 1, "The cat sat": 4}
+    write(responses, [record(i, reference="the cat sat", response=t) for i, t in enumerate(texts)])
+    done = judge(backend="exact")
+    assert [v["score"] for v in done.verdicts] == list(texts.values())
+    write(responses, [record(0, reference="")])
+    missing = judge(backend="exact")
+    assert missing.code == USAGE
+    assert "1 of 1 rows have no reference" in missing.error
+
+
+# What can go wrong with one response
+
+
+def test_every_status(judge: Runner, responses: Path) -> None:
+    replies = {
+        "fine": Words("[RESULT] 4"),
+        "vague": Words("Good."),
+        "high": Words("[RESULT] 6"),
+        "endless": Words("[RESULT] 4", cut=True),
+        "long": Fault(400, "the request exceeds the available context size"),
+        "broken": Fault(500, "llama runner process has terminated"),
+    }
+    texts = [*replies, " \n"]
+    write(responses, [record(i, response=text) for i, text in enumerate(texts)])
+    with FakeOllama(by_response(replies)) as server:
+        done = judge(server)
+    assert {text: v["status"] for text, v in zip(texts, done.verdicts, strict=True)} == {
+        "fine": "graded",
+        "vague": "unparsed",
+        "high": "out_of_range",
+        "endless": "truncated",
+        "long": "too_long",
+        "broken": "backend_error",
+        " \n": "empty_response",
+    }
+    asked = {text: [] for text in texts}
+    for chat in server.chats:
+        asked[graded_text(chat)].append(chat["options"])
+    tries = {text: len(options) for text, options in asked.items()}
+    assert tries == {
+        **{"fine": 1, "vague": 3, "high": 3, "endless": 2, "long": 1, "broken": 4, " \n": 0}
+    }
+    assert [(o["seed"], o["temperature"]) for o in asked["vague"]] == [(0, 0), (1, 0.7), (2, 0.7)]
+    assert [o["num_predict"] for o in asked["endless"]] == [1024, 2048]
+    assert done.code == 0
+    assert done.summary["mean"] == 4.0
+    assert done.summary["mean_if_excluded_were_1"] == pytest.approx((4 + 6) / 7)
+    assert done.summary["mean_if_excluded_were_5"] == pytest.approx((4 + 30) / 7)
+    assert sum(done.summary["excluded"].values()) == 6
+    # Only the one that the server failed on is asked for again.
+    with FakeOllama(four) as server:
+        again = judge(server)
+    assert [graded_text(chat) for chat in server.chats] == ["broken"]
+    assert again.summary["graded"] == 2
+    assert "backend_error" not in again.summary["excluded"]
+
+
+def flaky(faults: list[Fault]) -> Brain:
+    """Answer with these first."""
+    left = list(faults)
+    return lambda body: left.pop(0) if left else Words("[RESULT] 4")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(503, "server busy, please try again"),
+        Fault(429, "too many requests"),
+        Fault(0),
+        Fault(500, "no", delay_s=0.3),
+    ],
+    ids=["503", "429", "cut", "slow"],
+)
+def test_a_passing_fault_costs_nothing(judge: Runner, fault: Fault) -> None:
+    with FakeOllama(flaky([fault, fault])) as server:
+        done = judge(server, read_timeout_s=0.2)
+    assert done.code == 0
+    assert len(server.chats) == 6 + 2
+    assert [v["status"] for v in done.verdicts] == ["graded"] * 6
+
+
+def test_a_hosted_server_without_a_list_of_models(judge: Runner) -> None:
+    class Unlisted(FakeOpenAI):
+        def get(self, handler: BaseHTTPRequestHandler) -> None:
+            self.send(handler, self.error("no cache"), 500)
+
+    with Unlisted() as server:
+        assert judge(server, "openai", model="anything").code == 0
+
+
+def test_a_cut_reply_of_a_model_without_more_room(judge: Runner) -> None:
+    with FakeOllama(lambda body: Words("[RESULT] 4", cut=True)) as server:
+        server.context_length = 3500
+        done = judge(server)
+    assert done.summary["excluded"] == {"truncated": 6}
+    assert {chat["options"]["num_ctx"] for chat in server.chats} == {3500}
+
+
+def test_an_error_under_http_200(judge: Runner) -> None:
+    with FakeOllama(flaky([Fault(200, "an error was encountered while running the model")])) as s:
+        done = judge(s)
+    assert done.summary["graded"] == 6
+
+
+def test_a_better_second_reply_counts(judge: Runner) -> None:
+    def brain(body: dict[str, Any]) -> Words:
+        return Words("[RESULT] 2" if body["options"]["seed"] else "3 or 4")
+
+    with FakeOllama(brain) as server:
+        done = judge(server)
+    assert [v["score"] for v in done.verdicts] == [2] * 6
+
+
+def test_half_a_surrogate_pair(judge: Runner, responses: Path) -> None:
+    write(responses, [record(0, response="a \ud800 b")])
+    with FakeOllama(lambda body: Words("\udfff [RESULT] 4")) as server:
+        done = judge(server)
+    assert done.code == 0
+    assert [v["text"] for v in done.verdicts] == ["\udfff [RESULT] 4"]
+
+
+def test_nothing_graded(judge: Runner) -> None:
+    with FakeOllama(lambda body: Words("Good.")) as server:
+        done = judge(server)
+    assert done.code == BACKEND
+    assert done.summary["mean"] is None
+    assert done.summary["interval_95"] is None
+    assert "no grade, n=0 of 6 (6 unparsed)" in done.output
+    assert "no [RESULT]" in done.error
+
+
+# What can go wrong with the server
+
+
+def test_no_server_is_known_at_once(responses: Path) -> None:
+    start = time.monotonic()
+    command = [sys.executable, "-m", "llama_lightning", "judge", "--judge.backend=ollama"]
+    result = subprocess.run(
+        [*command, "--judge.base_url=http://127.0.0.1:9", f"--responses.path={responses}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.monotonic() - start
+    print(f"exit {result.returncode} after {seconds:.1f} s: {result.stderr}")
+    assert result.returncode == BACKEND
+    assert seconds < 5
+    for words in ("no Ollama at http://127.0.0.1:9", "`ollama serve`", "OLLAMA_HOST"):
+        assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert responses.is_file()
+
+
+def test_a_model_that_is_not_pulled(judge: Runner) -> None:
+    with FakeOllama() as server:
+        done = judge(server, model="qwen3")
+    assert done.code == BACKEND
+    assert "`ollama pull qwen3` (installed: llama3.1:latest, mistral:7b)" in done.error
+    assert not server.chats
+
+
+def test_something_else_on_that_port(judge: Runner) -> None:
+    with FakeOpenAI() as server:
+        done = judge(server)
+    assert done.code == BACKEND
+    assert "does not answer as Ollama does" in done.error
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("", "http://127.0.0.1:11434"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("box:8000", "http://box:8000"),
+        ("https://ollama.box", "https://ollama.box"),
+        (":8000", "http://127.0.0.1:8000"),
+    ],
+)
+def test_ollama_host(monkeypatch: pytest.MonkeyPatch, host: str, url: str) -> None:
+    from llama_lightning.evaluation.ollama import default_base_url
+
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    assert default_base_url() == url
+
+
+def test_a_server_that_dies(judge: Runner, tmp_path: Path) -> None:
+    answered = []
+
+    def brain(body: dict[str, Any]) -> Words | Fault:
+        if len(answered) == 3:
+            server.die()
+            time.sleep(0.1)
+            return Fault(0)
+        answered.append(graded_text(body))
+        return Words("[RESULT] 4")
+
+    with FakeOllama(brain) as server:
+        dead = judge(server)
+        assert dead.code == BACKEND
+        assert "does not answer any more" in dead.error
+        assert "the same command goes on from there" in dead.error
+        assert len(dead.verdicts) == 3
+        assert not (tmp_path / "summary.json").exists()
+    with FakeOllama() as server:
+        done = judge(server)
+    assert [graded_text(chat) for chat in server.chats] == [f"Answer {i}" for i in (3, 4, 5)]
+    assert done.summary["graded"] == 6
+    assert "3 of 6 verdicts are in" in done.output
+
+
+def test_a_server_that_fails_each_time(judge: Runner) -> None:
+    with FakeOllama(lambda body: Fault(500, "CUDA out of memory")) as server:
+        done = judge(server)
+    assert done.code == BACKEND
+    assert "failed for 3 responses in a row (HTTP 500: CUDA out of memory)" in done.error
+    assert 3 * 4 <= len(server.chats) <= 4 * 4  # the next was on its way
+
+
+def test_several_at_a_time(judge: Runner, responses: Path) -> None:
+    write(responses, [record(i) for i in range(16)])
+    barrier = threading.Barrier(4)
+
+    def brain(body: dict[str, Any]) -> Words:
+        barrier.wait(timeout=10)  # breaks unless four are asked at the same time
+        return Words("[RESULT] 4")
+
+    with FakeOllama(brain) as server:
+        done = judge(server, concurrency=4)
+    assert sorted(v["id"] for v in done.verdicts) == list(range(16))
+    assert len(server.chats) == 16
+
+
+# Stopped and resumed
+
+
+def test_killed_and_resumed(responses: Path) -> None:
+    write(responses, [record(i) for i in range(12)])
+
+    def slow(body: dict[str, Any]) -> Words:
+        time.sleep(0.1)
+        return Words(f"[RESULT] {1 + int(graded_text(body).split()[-1]) % 5}")
+
+    verdicts = responses.parent / "verdicts.jsonl"
+    killed = 0
+    with FakeOllama(slow) as server:
+        command = [sys.executable, "-m", "llama_lightning", "judge", "--judge.backend=ollama"]
+        command += [f"--judge.base_url={server.url}", f"--responses.path={responses}"]
+        for wanted in (3, 7, None):
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+            if wanted is None:
+                assert process.wait(timeout=60) == 0
+                break
+            while not verdicts.exists() or verdicts.read_bytes().count(b"\n") < wanted:
+                assert process.poll() is None
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+    assert [v["id"] for v in rows(verdicts)] == list(range(12))
+    assert [v["score"] for v in rows(verdicts)] == [1 + i % 5 for i in range(12)]
+    print(f"{killed} kills, {len(server.chats)} requests for 12 responses")
+    assert 12 <= len(server.chats) <= 12 + killed  # what was on its way when it was killed
+
+
+@pytest.mark.parametrize("verb", ["judge", "predict"])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_at_once(
+    responses: Path, prompts: Path, verb: str, signum: int, code: int
+) -> None:
+    asked = threading.Event()
+
+    def stuck(body: dict[str, Any]) -> Words:
+        if len(server.chats) > 2:
+            asked.set()
+            time.sleep(30)
+        return Words("[RESULT] 3")
+
+    with FakeOllama(stuck) as server:
+        command = [sys.executable, "-m", "llama_lightning", verb, "--judge.backend=ollama"]
+        command += [f"--judge.base_url={server.url}", f"--responses.path={responses}"]
+        if verb == "predict":
+            command += ["--config=configs/tiny_lora.yaml", f"--data.predict_path={prompts}"]
+            command += [f"--trainer.default_root_dir={responses.parent}"]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert asked.wait(timeout=60)
+        time.sleep(0.5)  # for the second verdict to reach the disk
+        start = time.monotonic()
+        process.send_signal(signum)
+        _, said = process.communicate(timeout=20)
+    assert time.monotonic() - start < 5
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert [v["id"] for v in rows(responses.parent / "verdicts.jsonl")] == [0, 1]
+
+
+def test_a_half_written_line(judge: Runner) -> None:
+    with FakeOllama() as server:
+        done = judge(server)
+        path = done.folder / "verdicts.jsonl"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-25])
+        again = judge(server)
+    assert again.code == 0
+    assert path.read_bytes() == whole
+    assert len(server.chats) == 6 + 1
+
+
+def test_a_damaged_line(judge: Runner) -> None:
+    with FakeOllama() as server:
+        path = judge(server).folder / "verdicts.jsonl"
+        path.write_text("{}\n" + path.read_text())
+        assert "line 1: not a verdict" in judge(server).error
+
+
+def test_changed_responses_are_graded_anew(judge: Runner, responses: Path) -> None:
+    with FakeOllama() as server:
+        judge(server)
+        write(responses, [record(i, **({"response": "New"} if i == 2 else {})) for i in range(6)])
+        done = judge(server)
+    assert [graded_text(chat) for chat in server.chats[6:]] == ["New"]
+    assert "1 verdicts in" in done.output
+    assert done.summary["total"] == 6
+
+
+def test_two_judges_are_not_mixed(judge: Runner) -> None:
+    with FakeOllama() as server:
+        judge(server)
+        done = judge(server, model="mistral:7b")
+    assert done.code == USAGE
+    assert "holds verdicts of ollama llama3.1" in done.error
+    assert "set judge.output" in done.error
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no responses"),
+        ("[]", "has no responses"),
+        ("[1]", "row 0 is not a record"),
+        ("[{]", "is not JSON"),
+        ('{"instruction": "a", "response": "b"}\n{"instr', "line 2 is not JSON"),
+        ('{"instruction": "a"}\n', "row 0: no text 'response'"),
+        ('{"instruction": "a", "response": 3}\n', "row 0: no text 'response'"),
+    ],
+)
+def test_broken_responses(judge: Runner, responses: Path, text: str, said: str) -> None:
+    responses.write_text(text)
+    done = judge(backend="exact")
+    assert done.code == 3
+    assert said in done.error
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"backend": "none"}, "judge.backend: not given"),
+        ({"backend": "foo"}, "judge.backend: expected one of 'none', 'exact'"),
+        ({"modle": "x"}, "did you mean judge.model?"),
+        ({"limit": 0}, "judge.limit is 0"),
+        ({"concurrency": 0}, "judge.concurrency is 0"),
+        ({"temperature": -1}, "judge.temperature is -1"),
+        ({"read_timeout_s": 0}, "judge.read_timeout_s is 0"),
+        ({"seed": "x"}, "judge.seed: expected a whole number, got x"),
+        ({"base_url": "127.0.0.1:8000"}, "begin with http://"),
+        ({"backend": "openai"}, "judge.base_url: not given"),
+        ({"backend": "exact", "use_reference": "never"}, "judge.use_reference is never"),
+    ],
+)
+def test_wrong_keys(judge: Runner, keys: dict[str, Any], said: str) -> None:
+    done = judge(**keys)
+    assert done.code == USAGE
+    assert said in done.error
+
+
+def test_no_responses_given(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", "--judge.backend=exact"]) == USAGE
+    assert "responses.path: not given" in capfd.readouterr().err
+
+
+# At the end of predict
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    path.write_text(json.dumps([record(i, output=f"{i}") for i in range(5)]))
+    return path
+
+
+@pytest.fixture
+def predict(prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    def call(*arguments: str) -> Run:
+        code = main(
+            [
+                *("predict", f"--config={ROOT}/configs/tiny_lora.yaml"),
+                f"--data.predict_path={prompts}",
+                f"--trainer.default_root_dir={tmp_path}",
+                "--model.generation.max_new_tokens=8",
+                *arguments,
+            ]
+        )
+        captured = capfd.readouterr()
+        folder = tmp_path / "lightning_logs" / "version_0"
+        return Run(code, captured.out + captured.err, folder)
+
+    return call
+
+
+def test_predict_is_judged_at_its_end(predict: Callable[..., Run]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = predict("--judge.backend=exact")
+    assert done.code == 0
+    assert [v["id"] for v in done.verdicts] == [r["id"] for r in rows(done.folder / FILE)]
+    events = EventAccumulator(str(done.folder))
+    events.Reload()
+    assert [e.value for e in events.Scalars("judge/graded")] == [5]
+    assert events.Scalars("judge/mean")[0].value == pytest.approx(done.summary["mean"])
+
+
+def test_predict_is_judged_when_the_model_has_left(
+    predict: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_lightning.evaluation import callbacks
+
+    order = []
+    grade = callbacks.grade_file
+
+    def at_end(self: Any) -> None:
+        order.append("strategy.teardown")
+        teardown(self)
+
+    from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+
+    teardown = Strategy.teardown
+    monkeypatch.setattr(SingleDeviceStrategy, "teardown", at_end)
+    monkeypatch.setattr(
+        callbacks, "grade_file", lambda *given: order.append("judge") or grade(*given)
+    )
+    assert predict("--judge.backend=exact").code == 0
+    print(order)
+    assert order[0] == "strategy.teardown"
+    assert "judge" in order
+
+
+def test_predict_without_a_server_answers_nothing(predict: Callable[..., Run]) -> None:
+    done = predict("--judge.backend=ollama", "--judge.base_url=http://127.0.0.1:9")
+    assert done.code == BACKEND
+    assert "`ollama serve`" in done.error
+    assert not rows(done.folder / FILE)
+
+
+def test_predict_keeps_its_responses_when_the_judge_dies(
+    predict: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grading, "RETRY_DELAYS_S", (0.01,))
+    with FakeOllama(lambda body: Fault(503, "busy")) as server:
+        done = predict("--judge.backend=ollama", f"--judge.base_url={server.url}")
+    assert done.code == BACKEND
+    assert "does not answer any more: HTTP 503: busy" in done.error
+    assert len(rows(done.folder / FILE)) == 5
+
+
+def test_two_ranks_leave_the_judge_to_its_verb(prompts: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llama_lightning", "predict"]
+    command += ["--config=configs/tiny_lora.yaml", "--judge.backend=exact"]
+    command += [f"--data.predict_path={prompts}", f"--trainer.default_root_dir={tmp_path}"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.eval_batch_size=2"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    line = next(x for x in result.stdout.splitlines() if x.startswith("next: "))
+    print(line)
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert not (folder / "verdicts.jsonl").exists()
+    given = line.removeprefix("next: python -m llama_lightning ")
+    given = given.replace("FILE", f"{ROOT}/configs/tiny_lora.yaml")
+    assert main(given.split()) == 0
+    assert len(rows(folder / "verdicts.jsonl")) == 5

@@ -1,0 +1,62 @@
+"""The figures under a mean: an interval that holds what it says, and what was left out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llama_lightning.evaluation import report
+from llama_lightning.evaluation.report import bootstrap_interval, summarise
+from llama_lightning.records import Verdict
+
+
+def verdict(score: int | None, status: str = "graded") -> Verdict:
+    return Verdict("", "judge", 0, 0, status, score, "", "")
+
+
+def test_the_interval_covers_the_true_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESAMPLES", 1000)  # a tenth, 2,000 times
+    # Grades as the original's judge gave them: mean 3.4, spread 1.15.
+    chances = np.array([0.07, 0.14, 0.26, 0.38, 0.15])
+    mean = chances @ np.arange(1, 6)
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(2000):
+        low, high = bootstrap_interval(generator.multinomial(100, chances).tolist(), seed)
+        covered += low <= mean <= high
+    print(f"95 % intervals of 100 grades: {covered / 2000:.1%} of 2,000 hold the true mean")
+    assert 0.93 <= covered / 2000 <= 0.97
+
+
+def test_the_interval_is_that_of_drawing_grades() -> None:
+    histogram = [3, 10, 20, 12, 5]
+    grades = np.repeat(np.arange(1, 6), histogram)
+    draws = np.random.default_rng(1).choice(grades, size=(20_000, len(grades))).mean(axis=1)
+    expected = np.percentile(draws, [2.5, 97.5])
+    assert bootstrap_interval(histogram) == pytest.approx(expected, abs=0.03)
+    assert bootstrap_interval(histogram) == bootstrap_interval(histogram)
+
+
+def test_summary(tmp_path) -> None:
+    verdicts = [verdict(s) for s in [5, 4, 4, 1]]
+    verdicts += [verdict(None, s) for s in ("truncated", "unparsed", "truncated")]
+    summary = summarise(verdicts, with_reference=True)
+    assert summary.mean == 3.5
+    assert summary.histogram == {1: 1, 2: 0, 3: 0, 4: 2, 5: 1}
+    assert summary.mean_if_excluded_were_1 == pytest.approx((14 + 3) / 7)
+    assert summary.mean_if_excluded_were_5 == pytest.approx((14 + 15) / 7)
+    low, high = summary.interval_95
+    assert str(summary) == f"3.50 [{low:.2f}, {high:.2f}], n=4 of 7 (2 truncated, 1 unparsed)"
+    assert summary.metrics() == {"judge/mean": 3.5, "judge/graded": 4}
+    summary.write(tmp_path / "summary.json")
+    assert json.loads((tmp_path / "summary.json").read_text())["excluded"] == {
+        "truncated": 2,
+        "unparsed": 1,
+    }
+
+
+def test_nothing_graded_has_no_mean() -> None:
+    summary = summarise([verdict(None, "unparsed")] * 2, with_reference=False)
+    assert summary.mean is None
+    assert summary.interval_95 is None
+    assert summary.metrics() == {"judge/graded": 0}
