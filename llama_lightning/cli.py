@@ -149,7 +149,7 @@ def _run(arguments: list[str]) -> None:
     from llama_lightning.training.llama_module import LlamaModule
     from llama_lightning.training.memory import MemoryReport
     from llama_lightning.training.trainer import Trainer
-    from llama_lightning.usage import check_keys, given_keys, plain_reason
+    from llama_lightning.usage import check_keys, given_keys, plain_reason, users_part
 
     SECTIONS = {
         "model": LlamaModule,
@@ -298,7 +298,7 @@ def _run(arguments: list[str]) -> None:
             args=arguments,
         )
     except argparse.ArgumentError as error:
-        inner = _users_part(error)
+        inner = users_part(error)
         raise (UsageError(plain_reason(str(error))) if inner is error else inner) from error
     except MisconfigurationException as error:
         text = " ".join(str(error).split())
@@ -306,40 +306,11 @@ def _run(arguments: list[str]) -> None:
             text = f"trainer.accelerator: {text} Use --trainer.accelerator cpu (or auto)"
         raise UsageError(text) from error
     except ValueError as error:
-        raise _users_part(error) from error
+        raise users_part(error) from error
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
         raise UsageError(f"{error.filename}: {error.strerror}") from error
-
-
-def _users_part(error: BaseException) -> BaseException:
-    """Find what a user can mend in an error that a library wrapped; else the error itself.
-
-    Our dataclasses say what is wrong with a value by a ValueError; they know no exit codes.
-    """
-    from pathlib import Path
-
-    import lightning
-
-    from llama_lightning.errors import UsageError, UserError
-
-    home = Path(str(lightning.__file__)).parent
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, UserError):
-            return inner
-        trace = inner.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        code = trace.tb_frame.f_code if trace is not None else None
-        if code is not None and code.co_name == "__post_init__":
-            return UsageError(f"model.{inner}")
-        # What Lightning itself refuses by a ValueError is a setting of the Trainer.
-        if code is not None and Path(code.co_filename).is_relative_to(home):
-            return UsageError(f"trainer: {' '.join(str(inner).split())}")
-        inner = inner.__cause__ or inner.__context__
-    return error
 
 
 def _quiet_libraries() -> None:
