@@ -176,8 +176,9 @@ def _run(arguments: list[str]) -> None:
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             """Write config.yaml only into a folder of the run's own."""
-            own = trainer.log_dir and Path(trainer.log_dir) != Path(trainer.default_root_dir)
-            self.save_to_log_dir = bool(own)
+            # All ranks ask for it, as it is a broadcast.
+            self.folder = Path(trainer.log_dir or ".")
+            self.save_to_log_dir = self.folder != Path(trainer.default_root_dir)
             super().setup(trainer, pl_module, stage)
 
         def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -190,9 +191,8 @@ def _run(arguments: list[str]) -> None:
                     chosen[name] = value if isinstance(value, (bool, int, float)) else str(value)
             for logger in trainer.loggers:
                 logger.log_hyperparams(chosen)
-                config = Path(trainer.log_dir or ".") / "config.yaml"
                 if hasattr(logger, "log_artifact") and self.save_to_log_dir:
-                    logger.log_artifact("config.yaml", config)
+                    logger.log_artifact("config.yaml", self.folder / "config.yaml")
 
     class CLI(LightningCLI):
         """LightningCLI with our callbacks, and every check before weights are read."""
@@ -264,6 +264,9 @@ def _run(arguments: list[str]) -> None:
 
         def after_fit(self) -> None:
             callback = self.trainer.checkpoint_callback
+            # The run's own config: it has what the command line changed. All ranks ask, as it is a
+            # broadcast.
+            config = Path(self.trainer.log_dir or ".") / "config.yaml"
             if not (self.trainer.is_global_zero and isinstance(callback, LastAndBest)):
                 return
             last = callback.last_model_path or self.config.fit.ckpt_path
@@ -271,8 +274,6 @@ def _run(arguments: list[str]) -> None:
                 return
             last = Path(last)
             print(f"trained weights: {last}")
-            # The run's own config: it has what the command line changed.
-            config = Path(self.trainer.log_dir or ".") / "config.yaml"
             if config.is_file():
                 print(
                     f"next: python -m llama_lightning predict --config {config} --ckpt_path {last}"
