@@ -149,7 +149,7 @@ def _run(arguments: list[str]) -> None:
     from llama_lightning.training.llama_module import LlamaModule
     from llama_lightning.training.memory import MemoryReport
     from llama_lightning.training.trainer import Trainer
-    from llama_lightning.usage import check_keys, given_keys, plain_reason
+    from llama_lightning.usage import check_keys, given_keys, plain_reason, users_part
 
     SECTIONS = {
         "model": LlamaModule,
@@ -176,8 +176,9 @@ def _run(arguments: list[str]) -> None:
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             """Write config.yaml only into a folder of the run's own."""
-            own = trainer.log_dir and Path(trainer.log_dir) != Path(trainer.default_root_dir)
-            self.save_to_log_dir = bool(own)
+            # All ranks ask for it, as it is a broadcast.
+            self.folder = Path(trainer.log_dir or ".")
+            self.save_to_log_dir = self.folder != Path(trainer.default_root_dir)
             super().setup(trainer, pl_module, stage)
 
         def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -190,9 +191,8 @@ def _run(arguments: list[str]) -> None:
                     chosen[name] = value if isinstance(value, (bool, int, float)) else str(value)
             for logger in trainer.loggers:
                 logger.log_hyperparams(chosen)
-                config = Path(trainer.log_dir or ".") / "config.yaml"
                 if hasattr(logger, "log_artifact") and self.save_to_log_dir:
-                    logger.log_artifact("config.yaml", config)
+                    logger.log_artifact("config.yaml", self.folder / "config.yaml")
 
     class CLI(LightningCLI):
         """LightningCLI with our callbacks, and every check before weights are read."""
@@ -264,6 +264,9 @@ def _run(arguments: list[str]) -> None:
 
         def after_fit(self) -> None:
             callback = self.trainer.checkpoint_callback
+            # The run's own config: it has what the command line changed. All ranks ask, as it is a
+            # broadcast.
+            config = Path(self.trainer.log_dir or ".") / "config.yaml"
             if not (self.trainer.is_global_zero and isinstance(callback, LastAndBest)):
                 return
             last = callback.last_model_path or self.config.fit.ckpt_path
@@ -271,8 +274,6 @@ def _run(arguments: list[str]) -> None:
                 return
             last = Path(last)
             print(f"trained weights: {last}")
-            # The run's own config: it has what the command line changed.
-            config = Path(self.trainer.log_dir or ".") / "config.yaml"
             if config.is_file():
                 print(
                     f"next: python -m llama_lightning predict --config {config} --ckpt_path {last}"
@@ -298,7 +299,7 @@ def _run(arguments: list[str]) -> None:
             args=arguments,
         )
     except argparse.ArgumentError as error:
-        inner = _users_part(error)
+        inner = users_part(error)
         raise (UsageError(plain_reason(str(error))) if inner is error else inner) from error
     except MisconfigurationException as error:
         text = " ".join(str(error).split())
@@ -306,40 +307,11 @@ def _run(arguments: list[str]) -> None:
             text = f"trainer.accelerator: {text} Use --trainer.accelerator cpu (or auto)"
         raise UsageError(text) from error
     except ValueError as error:
-        raise _users_part(error) from error
+        raise users_part(error) from error
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
         raise UsageError(f"{error.filename}: {error.strerror}") from error
-
-
-def _users_part(error: BaseException) -> BaseException:
-    """Find what a user can mend in an error that a library wrapped; else the error itself.
-
-    Our dataclasses say what is wrong with a value by a ValueError; they know no exit codes.
-    """
-    from pathlib import Path
-
-    import lightning
-
-    from llama_lightning.errors import UsageError, UserError
-
-    home = Path(str(lightning.__file__)).parent
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, UserError):
-            return inner
-        trace = inner.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        code = trace.tb_frame.f_code if trace is not None else None
-        if code is not None and code.co_name == "__post_init__":
-            return UsageError(f"model.{inner}")
-        # What Lightning itself refuses by a ValueError is a setting of the Trainer.
-        if code is not None and Path(code.co_filename).is_relative_to(home):
-            return UsageError(f"trainer: {' '.join(str(inner).split())}")
-        inner = inner.__cause__ or inner.__context__
-    return error
 
 
 def _quiet_libraries() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from llama_lightning.errors import UsageError
+from llama_lightning.errors import UsageError, UserError
 
 COMMAND_LINE = "the command line"
 # Values that are classes of Lightning's with arguments of their own; jsonargparse checks those.
@@ -196,3 +196,28 @@ def plain_reason(text: str) -> str:
     if not wanted or value is None:
         return " ".join(text.split())
     return f"{'.'.join(keys)}: expected {' or '.join(dict.fromkeys(wanted))}, got {value[1]}"
+
+
+def users_part(error: BaseException) -> BaseException:
+    """Find what a user can mend in an error that a library wrapped; else the error itself.
+
+    Our dataclasses say what is wrong with a value by a ValueError; they know no exit codes.
+    """
+    import lightning  # behind the checks of keys, which are quick
+
+    home = Path(str(lightning.__file__)).parent
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, UserError):
+            return inner
+        trace = inner.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        code = trace.tb_frame.f_code if trace is not None else None
+        if code is not None and code.co_name == "__post_init__":
+            return UsageError(f"model.{inner}")
+        # What Lightning itself refuses by a ValueError is a setting of the Trainer.
+        if code is not None and Path(code.co_filename).is_relative_to(home):
+            return UsageError(f"trainer: {' '.join(str(inner).split())}")
+        inner = inner.__cause__ or inner.__context__
+    return error

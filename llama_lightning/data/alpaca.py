@@ -4,7 +4,6 @@ It owns the tokenizer and the template; the model receives tokens only.
 """
 
 import hashlib
-from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,37 +23,13 @@ from llama_lightning.data.batching import (
     collate_prompts,
 )
 from llama_lightning.data.examples import Row, encode_examples, encode_prompt, read_rows
+from llama_lightning.data.identity import TRAINING_PART, check_identity, digest
+from llama_lightning.data.splits import split_rows
 from llama_lightning.data.templates import TEMPLATES, TemplateName
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import CheckpointError, DataError, UsageError
 from llama_lightning.hub import fetch_data, parse_address
 from llama_lightning.records import Batch, Example, PromptBatch
-
-# What no single key tells: which records are left in training once other files are taken out.
-TRAINING_PART = "the training part (data.path without data.val_path and data.test_path)"
-
-
-def split_rows(
-    rows: list[Row], *, val_fraction: float, test_fraction: float, seed: int
-) -> tuple[list[Row], list[Row], list[Row]]:
-    """Split rows into train, val and test; rows with the same prompt go to the same part.
-
-    The split is a function of (rows, fractions, seed) alone. Each part keeps the file's order.
-    """
-    prompts: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        prompts.setdefault(row.prompt_key, []).append(row)
-    groups = list(prompts.values())
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts: dict[str, list[Row]] = {"test": [], "val": [], "train": []}
-    wanted = {"test": round(test_fraction * len(rows)), "val": round(val_fraction * len(rows))}
-    for group in (groups[i] for i in order):
-        part = next((p for p, n in wanted.items() if len(parts[p]) + len(group) <= n), "train")
-        parts[part].extend(group)
-    train, val, test = (
-        sorted(parts[part], key=lambda row: row.id) for part in ("train", "val", "test")
-    )
-    return train, val, test
 
 
 def local_file(path: str) -> Path:
@@ -71,14 +46,6 @@ def local_file(path: str) -> Path:
         rank_zero_info(f"data: {own} is here and taken instead of {path}")
         return own
     return fetch_data(path)
-
-
-def _digest(examples: list[Example]) -> str:
-    """Tell one list of tokenised records from another."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(array("q", (example.row_id, len(example.tokens), *example.tokens)).tobytes())
-    return digest.hexdigest()[:16]
 
 
 class AlpacaDataModule(LightningDataModule):
@@ -221,7 +188,7 @@ class AlpacaDataModule(LightningDataModule):
                 if not val:
                     rank_zero_info("data: no validation part, so there will be no best.ckpt")
                 self.train_examples = self._encode(self._not_empty(train, "train"), "train")
-                self._training_records = _digest(self.train_examples)
+                self._training_records = digest(self.train_examples)
             else:
                 self._not_empty(val, "val")
 
@@ -403,15 +370,7 @@ class AlpacaDataModule(LightningDataModule):
             # The same file split otherwise: the test part would hold records that were trained on.
             split = ("data.seed", "data.val_fraction", "data.test_fraction")
             stored, ours = ({k: d[k] for k in split} for d in (stored, ours))
-        differing = [key for key in ours if ours[key] != stored.get(key)]
-        if len(differing) > 1:  # then another key says why the training part differs
-            differing = [key for key in differing if key != TRAINING_PART]
-        if differing:
-            shown = "; ".join(f"{k} is {ours[k]}, was {stored.get(k)}" for k in differing)
-            raise CheckpointError(
-                f"the run differs from the checkpoint's: {shown}. Set them as they were, or start "
-                "a new run without --ckpt_path"
-            )
+        check_identity(ours, stored)
         if not fitting:
             return
         done = int(state_dict["micro_batches"])

@@ -3,7 +3,6 @@
 It receives tokens and knows no tokenizer. Data and training meet in cli.py.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -33,6 +32,7 @@ from llama_lightning.training.optim import (
     build_scheduler,
     total_norm,
 )
+from llama_lightning.training.provenance import check_arguments, check_tensors, fingerprint
 from llama_lightning.weights.huggingface import load_huggingface, read_config, weight_files
 
 
@@ -119,7 +119,7 @@ class LlamaModule(LightningModule):
         else:
             dtype = self.base_dtype if self.lora.rank else trained_dtype
             model = load_huggingface(self.folder, self.llama_config, dtype=dtype)
-        self._base_fingerprint = _fingerprint(model)
+        self._base_fingerprint = fingerprint(model)
         if self.lora.rank:
             self._inject_lora(model, trained_dtype)
             if self.qkv_bias:
@@ -159,14 +159,11 @@ class LlamaModule(LightningModule):
         Raises:
             UsageError: trainer.limit_train_batches cuts a step.
         """
-        batches, accumulate = (
-            self.trainer.num_training_batches,
-            self.trainer.accumulate_grad_batches,
-        )
-        if batches % accumulate:
+        batches, turns = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if batches % turns:
             raise UsageError(
                 f"trainer.limit_train_batches leaves {batches} micro-batches an epoch, which are "
-                f"no whole steps of {accumulate} (trainer.accumulate_grad_batches)"
+                f"no whole steps of {turns} (trainer.accumulate_grad_batches)"
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -285,29 +282,54 @@ class LlamaModule(LightningModule):
 
     # Checkpoints
 
-    def _trained_shapes(self) -> dict[str, list[int]]:
-        return {n: list(p.shape) for n, p in self.named_parameters() if p.requires_grad}
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values, which a checkpoint may hold."""
+        return {
+            "base_model": self.base_model,
+            "lora": asdict(self.lora),
+            "optimizer": asdict(self.optimizer),
+            "generation": asdict(self.generation),
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "dropout": self.dropout,
+            "qkv_bias": self.llama_config.qkv_bias,
+            "base_dtype": str(self.base_dtype).removeprefix("torch."),
+        }
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained weights only, and what they were trained on."""
-        trained = self._trained_shapes()
+        """Keep the trained weights only, and what they were trained with."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in trained}
+        checkpoint["state_dict"] = {name: state[name] for name in self._trained()}
         checkpoint["llama_lightning"] = {
-            "base_model": self.base_model,
+            "arguments": self.arguments,
             "base_fingerprint": self._base_fingerprint,
-            "settings": self._settings(),
-            "arguments": {
-                "base_model": self.base_model,
-                "lora": asdict(self.lora),
-                "optimizer": asdict(self.optimizer),
-                "generation": asdict(self.generation),
-                "gradient_checkpointing": self.gradient_checkpointing,
-                "dropout": self.dropout,
-                "qkv_bias": self.qkv_bias,
-                "base_dtype": str(self.base_dtype).removeprefix("torch."),
-            },
         }
+
+    def check_checkpoint(self, checkpoint: dict[str, Any], *, resume: bool) -> None:
+        """Compare a checkpoint with this run, before weights are read; see `check_arguments`."""
+        theirs = checkpoint["llama_lightning"]["arguments"]
+        check_arguments(self.arguments, theirs, resume=resume)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that would load as less than all of it.
+
+        Raises:
+            CheckpointError: other settings, another base, or other tensors.
+        """
+        trainer = self._trainer  # none in LlamaModule.load_from_checkpoint
+        resume = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        self.check_checkpoint(checkpoint, resume=resume)
+        self.configure_model()  # likewise not called there
+        stored = checkpoint["llama_lightning"]
+        if self.lora.rank and stored["base_fingerprint"] != self._base_fingerprint:
+            raise CheckpointError(
+                f"model.base_model {self.base_model} is not the base of this checkpoint "
+                f"({stored['arguments']['base_model']}): its weights differ"
+            )
+        check_tensors(self._trained(), checkpoint["state_dict"])
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -324,7 +346,7 @@ class LlamaModule(LightningModule):
             CheckpointError: it cannot be read, or `arguments` contradict it.
         """
         checkpoint = read_checkpoint(checkpoint_path)
-        stored = checkpoint["llama_lightning"]["arguments"]
+        stored = dict(checkpoint["llama_lightning"]["arguments"])
         stored["lora"] = LoRAConfig(**stored["lora"])
         stored["optimizer"] = OptimizerConfig(**stored["optimizer"])
         stored["generation"] = GenerationConfig(**stored["generation"])
@@ -332,68 +354,3 @@ class LlamaModule(LightningModule):
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
         return module.to(map_location)
-
-    def _settings(self) -> dict[str, Any]:
-        """What a checkpoint is only meaningful with, by the names of its keys."""
-        lora = {**asdict(self.lora), "target_modules": sorted(self.lora.target_modules)}
-        optimizer = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
-        # Rates and decay stand in the optimizer's state too, which would override ours in silence.
-        return {
-            **{f"model.lora.{k}": value for k, value in lora.items() if k != "dropout"},
-            "model.qkv_bias": self.llama_config.qkv_bias,
-            **{f"model.optimizer.{k}": value for k, value in optimizer.items()},
-        }
-
-    def check_checkpoint(self, checkpoint: dict[str, Any], *, resume: bool) -> None:
-        """Compare a checkpoint with this run's settings, before weights are read.
-
-        Args:
-            checkpoint: what `read_checkpoint` gave.
-            resume: whether training goes on with it; only then the optimizer matters.
-
-        Raises:
-            CheckpointError: it was trained with other settings.
-        """
-        ours, theirs = self._settings(), checkpoint["llama_lightning"]["settings"]
-        keys = [k for k in ours if resume or not k.startswith("model.optimizer.")]
-        if differing := [key for key in keys if ours[key] != theirs.get(key)]:
-            shown = "; ".join(
-                f"{k} is {ours[k]}, the checkpoint has {theirs.get(k)}" for k in differing
-            )
-            raise CheckpointError(f"{shown}. Set the checkpoint's value, or leave --ckpt_path out")
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that would load as less than all of it.
-
-        Raises:
-            CheckpointError: other settings, another base, or other tensors.
-        """
-        trainer = self._trainer  # none in LlamaModule.load_from_checkpoint
-        resume = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        self.check_checkpoint(checkpoint, resume=resume)
-        self.configure_model()  # likewise not called there
-        stored = checkpoint["llama_lightning"]
-        if self.lora.rank and stored["base_fingerprint"] != self._base_fingerprint:
-            raise CheckpointError(
-                f"model.base_model {self.base_model} is not the base of this checkpoint "
-                f"({stored['base_model']}): its weights differ"
-            )
-        shapes = {name: list(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-        trained = self._trained_shapes()
-        names = sorted(shapes.keys() | trained.keys())
-        if differing := [name for name in names if shapes.get(name) != trained.get(name)]:
-            first = differing[0]
-            raise CheckpointError(
-                f"{len(differing)} tensors differ from the checkpoint's, the first: {first} is "
-                f"{trained.get(first)} here, {shapes.get(first)} there"
-            )
-
-
-def _fingerprint(model: Llama) -> str:
-    """Tell one base from another by some 64 weights of each tensor, which is quick at any size."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
-        # In bf16, so that base_dtype does not matter.
-        digest.update(sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama_lightning.data.alpaca import AlpacaDataModule, split_rows
+from llama_lightning.data.alpaca import AlpacaDataModule
 from llama_lightning.data.examples import Row
+from llama_lightning.data.splits import split_rows
 from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.errors import CheckpointError, DataError, UsageError
 from llama_lightning.training.trainer import Trainer

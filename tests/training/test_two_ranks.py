@@ -1,0 +1,45 @@
+"""The command line on two processes: it ends, writes once, and trains what one process trains."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def _fit(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "llama_lightning", "fit", "--config=configs/tiny_lora.yaml"]
+    keys = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--samples.every_n_steps=3"]
+    keys += [f"--trainer.default_root_dir={folder}", "--checkpoint.every_n_train_steps=2"]
+    # Whatever only one of two ranks waits for shows as a hang.
+    result = subprocess.run(
+        [*command, *keys, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_two_ranks_train_what_one_trains(tmp_path: Path) -> None:
+    outputs, weights = {}, {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        outputs[ranks] = _fit(folder, f"--trainer.devices={ranks}", "--trainer.strategy=auto")
+        (checkpoint,) = folder.rglob("last.ckpt")
+        weights[ranks] = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert len(list(folder.rglob("config.yaml"))) == 1
+        assert len(list(folder.rglob("best.ckpt"))) == 1
+    assert outputs[2].count("trained weights:") == 1
+    assert outputs[2].count("Memory on cpu") == 1
+    error = max(
+        float((weights[2][name] - tensor).norm() / tensor.norm())
+        for name, tensor in weights[1].items()
+    )
+    print(f"6 steps on 2 ranks against 1: {error:.1e} relative norm, the worst of all matrices")
+    assert error < 1e-3  # fp32 sums in another order, through Adam's square roots
