@@ -1,11 +1,15 @@
-"""What every test starts from: the same seed, and the default dtype as it was."""
+"""What every test starts from: one thread, the same seed, and the default dtype as it was."""
 
+import os
 from collections.abc import Iterator
+
+# pytest has a process a core; on tensors this small a second thread in one of them only costs. The
+# processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# On tensors this small a second thread only costs, and where cores are shared it costs minutes.
 torch.set_num_threads(1)
 
 

@@ -414,6 +414,17 @@ def test_another_data_file_is_another_run(module, tmp_path):
         other.load_state_dict(state)
 
 
+def test_another_held_out_file_is_another_run(module, tmp_path):
+    # No key differs but the file that is taken out of training, which moves every position.
+    paths = [write_records(tmp_path / f"val{i}.json", numbered(2, start=i)) for i in (0, 20)]
+    state = fitting(module(numbered(40), val_path=str(paths[0])), tmp_path).state_dict()
+    same = fitting(module(numbered(40), val_path=str(paths[0])), tmp_path)
+    same.load_state_dict(state)
+    other = fitting(module(numbered(40), val_path=str(paths[1])), tmp_path)
+    with pytest.raises(CheckpointError, match=r"the training part \(data.path without"):
+        other.load_state_dict(state)
+
+
 def test_a_run_of_other_devices_is_refused(module, tmp_path):
     data = fitting(module(numbered(40)), tmp_path)
     state = data.state_dict()

@@ -261,7 +261,7 @@ def test_a_checkpoint_from_inside_a_step_is_not_resumed(processes, workplace, tm
         ),
         (
             "data.test_path={workplace}/held.json",
-            "the training part (data.path without",
+            "data.test_fraction is 0.0, was 0.07",
         ),
     ],
 )

@@ -1,0 +1,83 @@
+"""On a CUDA device: the same numbers as on the CPU, and the parts that only exist there.
+
+Run with `pytest -m gpu`.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_lightning.cli import main
+from llama_lightning.model.generate import generate
+from llama_lightning.model.sampling import GenerationConfig
+from llama_lightning.records import PromptBatch
+from tests.model.oracle import small_llama
+from tests.small import write_byte_tokenizer, write_small_llama
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def test_flat_logits_equal_the_cpus() -> None:
+    model = small_llama()
+    lengths = torch.tensor([70, 3, 41])
+    tokens = torch.randint(model.config.vocab_size, (int(lengths.sum()),))
+    positions = torch.cat([torch.arange(int(n)) for n in lengths])
+    boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    with torch.no_grad():
+        expected = model(tokens, positions=positions, boundaries=boundaries)
+        model.cuda()
+        found = model(tokens.cuda(), positions=positions.cuda(), boundaries=boundaries.cuda()).cpu()
+    error = float((found - expected).abs().max())
+    print(f"{torch.cuda.get_device_name()}: largest difference of a logit {error:.1e}")
+    assert error <= 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_equals_the_cpus(temperature: float) -> None:
+    model = small_llama().double()  # rounding must not move a draw
+    prompts = PromptBatch(
+        tokens=torch.randint(model.config.vocab_size, (12,)),
+        boundaries=torch.tensor([0, 2, 9, 12]),
+        row_ids=torch.tensor([0, 1, 2]),
+        stop_ids=torch.full((3, 1), -1),
+    )
+    config = GenerationConfig(max_new_tokens=20, temperature=temperature, top_p=0.9)
+    expected = sorted(generate(model, prompts, config))
+    on_gpu = PromptBatch(*(tensor.cuda() for tensor in prompts))
+    assert sorted(generate(model.cuda(), on_gpu, config)) == expected
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_fit_resume_and_predict(tmp_path: Path, optimizer: str, precision: str) -> None:
+    write_small_llama(tmp_path / "base", vocab_size=512)
+    write_byte_tokenizer(tmp_path / "base")
+    records = [{"instruction": f"q{i}", "output": "ab" * (i % 9 + 1)} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    keys = {
+        "model.base_model": tmp_path / "base",
+        "model.lora.rank": 64,
+        "model.optimizer.name": optimizer,
+        "model.gradient_checkpointing": "true",
+        "data.path": tmp_path / "data.json",
+        "data.batch_size": 8,
+        "trainer.accelerator": "cuda",
+        "trainer.devices": 1,
+        "trainer.precision": precision,
+        "trainer.accumulate_grad_batches": 2,
+        "trainer.default_root_dir": tmp_path,
+        "checkpoint.dirpath": tmp_path,
+        "samples.every_n_steps": 2,
+        "model.generation.max_new_tokens": 8,
+    }
+    arguments = [f"--{key}={value}" for key, value in keys.items()]
+    assert main(["fit", *arguments, "--trainer.max_steps=2"]) == 0
+    checkpoint = f"--ckpt_path={tmp_path / 'last.ckpt'}"
+    assert main(["fit", *arguments, "--trainer.max_steps=4", checkpoint]) == 0
+    assert main(["predict", *arguments, checkpoint]) == 0
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
