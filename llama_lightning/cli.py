@@ -144,8 +144,8 @@ def _run(arguments: list[str]) -> None:
     )
     from llama_lightning.evaluation.judge import JudgeConfig
     from llama_lightning.keys import help_text, keys_of
-    from llama_lightning.training.callbacks import LastAndBest
     from llama_lightning.training.checkpoint_io import read_checkpoint
+    from llama_lightning.training.last_and_best import LastAndBest
     from llama_lightning.training.llama_module import LlamaModule
     from llama_lightning.training.memory import MemoryReport
     from llama_lightning.training.trainer import Trainer

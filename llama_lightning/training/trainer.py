@@ -10,9 +10,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from llama_lightning.errors import UsageError
-from llama_lightning.training.callbacks import LastAndBest, ParameterTable, Throughput
+from llama_lightning.training.callbacks import ParameterTable, Throughput
 from llama_lightning.training.checkpoint_io import AtomicCheckpointIO
 from llama_lightning.training.clearml_logger import ClearMLLogger
+from llama_lightning.training.last_and_best import LastAndBest
 from llama_lightning.training.progress import RunProgress
 from llama_lightning.training.run_logger import RunLogger
 from llama_lightning.training.signals import StopOnSignal

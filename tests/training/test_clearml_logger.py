@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llama_lightning import AlpacaDataModule, ClearMLLogger, LlamaModule, LoRAConfig
 from llama_lightning.cli import main
 from llama_lightning.errors import UsageError
-from llama_lightning.training.callbacks import LastAndBest
+from llama_lightning.training.last_and_best import LastAndBest
 from llama_lightning.training.trainer import Trainer
 
 COLUMNS = ["prompt", "response"]
