@@ -53,7 +53,7 @@ class Comparison(NamedTuple):
         if self.more is None:
             return "no difference"
         if self.more:
-            return f"not settled, about {self.more:,} more prompts would"
+            return f"not settled, about {self.more:,} more prompts would settle it"
         return "settled"
 
     @property

@@ -38,7 +38,7 @@ def build_page(
     facts: Sequence[tuple[str, str]],
     charts: Sequence[str],
     columns: Sequence[Column],
-    panels: Sequence[Panel],
+    panels: Sequence[Sequence[Panel]],
     rows: Sequence[Sequence[Any]],
 ) -> str:
     """Fill page.html.
@@ -48,13 +48,13 @@ def build_page(
         facts: names and values for its head.
         charts: SVG.
         columns: of the table.
-        panels: what an open row shows.
+        panels: what an open row shows, in lines.
         rows: values that columns and panels point into; the first names the row.
     """
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     named = {
         "columns": [column._asdict() for column in columns],
-        "panels": [panel._asdict() for panel in panels],
+        "panels": [[panel._asdict() for panel in line] for line in panels],
         "rows": rows,
     }
     # Inside a script element only `<` can do harm; the rest is for those who copy the text out.
@@ -73,11 +73,6 @@ def row_name(response: Response, *, several: bool) -> int | str:
     return f"{response.id}.{response.sample}" if several else response.id
 
 
-def _feedback(graded: Graded) -> str:
-    """What the judge said, or why it said nothing."""
-    return graded.verdict.text or graded.verdict.reason
-
-
 def report_page(summary: Summary, graded: Sequence[Graded]) -> str:
     """Build report.html."""
     several = any(response.sample for response, _ in graded)
@@ -91,10 +86,9 @@ def report_page(summary: Summary, graded: Sequence[Graded]) -> str:
             response.input,
             response.reference,
             response.response,
-            _feedback(row),
+            verdict.text or verdict.reason,
         ]
-        for row in graded
-        for response, verdict in [row]
+        for response, verdict in graded
     ]
     columns = [
         Column("id", "id", 0),
@@ -105,11 +99,8 @@ def report_page(summary: Summary, graded: Sequence[Graded]) -> str:
         Column("response", "response", 7, wide=True),
     ]
     panels = [
-        Panel("Instruction", 4),
-        Panel("Input", 5),
-        Panel("Reference", 6),
-        Panel("Response", 7),
-        Panel("Feedback", 8),
+        [Panel("Instruction", 4), Panel("Input", 5)],
+        [Panel("Reference", 6), Panel("Response", 7), Panel("Feedback", 8)],
     ]
     points = [(max(1, len(r.response)), v.score) for r, v in graded if v.score is not None]
     charts = [
@@ -154,8 +145,8 @@ def compare_page(facts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> str
             pair.a.response.reference,
             pair.a.response.response,
             pair.b.response.response,
-            _feedback(pair.a),
-            _feedback(pair.b),
+            pair.a.verdict.text or pair.a.verdict.reason,
+            pair.b.verdict.text or pair.b.verdict.reason,
         ]
         for pair in pairs
     ]
@@ -164,18 +155,14 @@ def compare_page(facts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> str
         Column("A", "A", 1, filter=True),
         Column("B", "B", 2, filter=True),
         Column("difference", "B - A", 3, filter=True),
-        Column("outcome", "B has a", 4, filter=True, wide=True),
+        Column("outcome", "outcome", 4, filter=True, wide=True),
         Column("instruction", "instruction", 5),
         Column("response", "B's response", 9, wide=True),
     ]
     panels = [
-        Panel("Instruction", 5),
-        Panel("Input", 6),
-        Panel("Reference", 7),
-        Panel("Response of A", 8),
-        Panel("Response of B", 9),
-        Panel("Feedback on A", 10),
-        Panel("Feedback on B", 11),
+        [Panel("Instruction", 5), Panel("Input", 6), Panel("Reference", 7)],
+        [Panel("Response of A", 8), Panel("Response of B", 9)],
+        [Panel("Feedback on A", 10), Panel("Feedback on B", 11)],
     ]
     counts = Counter(pair.difference for pair in pairs)
     differences = {value: counts[value] for value in range(-4, 5)}

@@ -4,6 +4,7 @@ A mean without its exclusions hides that a judge may fail where responses are wo
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ class Summary(NamedTuple):
         lines += ["", "| score | responses | |", "|---|---|---|"]
         most = max(self.histogram.values()) or 1
         for level, count in self.histogram.items():
-            lines.append(f"| {level} | {count} | {'█' * round(BAR * count / most)} |")
+            lines.append(f"| {level} | {count} | {'█' * math.ceil(BAR * count / most)} |")
         lines += ["", "Every response with its feedback: [report.html](report.html)"]
         return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ from llama_lightning.evaluation import report
 from llama_lightning.evaluation.report import (
     Graded,
     bootstrap_interval,
+    rank_correlation,
     summarise,
 )
 from llama_lightning.evaluation.settings import Settings
@@ -66,3 +67,23 @@ def test_nothing_graded_has_no_mean() -> None:
     assert summary.mean is None
     assert summary.interval_95 is None
     assert summary.metrics() == {"judge/graded": 0}
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [9, 5, 1]) == pytest.approx(-1)
+    # By hand, with a tie: ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4.
+    assert rank_correlation([1, 2, 2, 5], [1, 7, 3, 9]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert rank_correlation([1, 2], [3, 3]) is None
+    assert rank_correlation([], []) is None
+
+
+def test_report_for_a_terminal() -> None:
+    rows = [graded(s, text="x" * s) for s in [1, 2, 2, 5]] + [graded(None, "truncated")]
+    text = summarise(rows, SETTINGS).markdown()
+    print(text)
+    assert "| graded | 4 of 5 |" in text
+    assert "| left out | 1 truncated |" in text
+    assert "| mean if those were all 1, or 5 | 2.20, 3.00 |" in text
+    assert "| score and length, Spearman | +1.00 |" in text
+    assert f"| 2 | 2 | {'█' * 30} |" in text
