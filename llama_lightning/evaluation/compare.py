@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
     def verdict(self) -> str:
         """Say whether the difference is settled."""
         if self.more is None:
-            return "no difference"
+            return "not settled, the means are equal" if self.wins else "no difference"
         if self.more:
             return f"not settled, about {self.more:,} more prompts would settle it"
         return "settled"

@@ -82,7 +82,7 @@ def test_not_settled() -> None:
     ("differences", "verdict"),
     [
         ([0] * 30, "no difference"),
-        ([1, -1] * 30, "no difference"),
+        ([1, -1] * 30, "not settled, the means are equal"),
         ([1], "not settled, about 19 more prompts would settle it"),
         ([1] * 19, "not settled, about 1 more prompts would settle it"),
         ([1] * 20, "settled"),
@@ -166,7 +166,7 @@ def test_samples_of_one_prompt_are_one_pair(say: Say, judged: Callable[..., None
     judged("b", several[:-1])
     code, said = say("compare", "a", "b")
     assert code == 0
-    # Of three samples one is as good, one is 3 lower by ROUGE-L of a half, one has no grade.
+    # Of three samples one is as good, one is 2 lower (ROUGE-L is a half), one has no grade.
     assert "B - A: -1.00 [-1.00, -1.00], n=25 pairs, 0 wins 0 ties 25 losses: settled" in said
 
 
