@@ -20,7 +20,8 @@ verbs:
   validate   loss, perplexity and token accuracy of the validation part
   test       the same of the test part, and exact match and ROUGE-L of its answers
   predict    answer the test part (or data.predict_path); writes responses.jsonl
-  judge      grade responses.path by a judge (judge.backend); writes verdicts.jsonl, summary.json
+  judge      grade responses.path by a judge (judge.backend); writes verdicts.jsonl, report.html
+  compare    two judged runs, A B: the difference, its interval; writes compare.html
 
 Every key of the YAML file can be given on the command line: --model.lora.rank 8
   python -m llama_lightning fit --help                       all keys with their meaning
@@ -28,7 +29,7 @@ Every key of the YAML file can be given on the command line: --model.lora.rank 8
   python -m llama_lightning fit --config configs/tiny_lora.yaml          start here
 """
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
-NAMES = (*LIGHTNING_VERBS, "judge")
+NAMES = (*LIGHTNING_VERBS, "judge", "compare")
 
 
 @contextlib.contextmanager
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _signals_stop():
             if given[0] == "judge":
                 _judge(given[1:])
+            elif given[0] == "compare":
+                _compare(given[1:])
             else:
                 _run(given)
     except UserError as error:
@@ -121,6 +124,31 @@ def _judge(arguments: list[str]) -> None:
             "e.g. --responses.path lightning_logs/version_1/responses.jsonl"
         )
     grade_file(JudgeConfig(**vars(config.judge)), Path(config.responses.path))
+
+
+def _compare(arguments: list[str]) -> None:
+    """Compare two judged runs: no config, no model."""
+    from pathlib import Path
+
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from llama_lightning.errors import UsageError
+    from llama_lightning.evaluation.compare import compare
+
+    parser = ArgumentParser(
+        prog="python -m llama_lightning compare",
+        description="Compare two runs that the same judge has graded, prompt by prompt.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("A", help="a folder with a judged run, or the verdicts.jsonl in it")
+    parser.add_argument("B", help="another, on the same prompts")
+    parser.add_argument("--output", metavar="DIR", help="folder of compare.html; by default B's")
+    try:
+        given = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UsageError(f"{' '.join(str(error).split())}; use: compare A B") from error
+    compare(Path(given.A), Path(given.B), Path(given.output) if given.output else None)
 
 
 def _run(arguments: list[str]) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from llama_lightning.errors import UsageError
 from llama_lightning.evaluation.grading import grade_file, make_judge
@@ -261,4 +263,9 @@ class JudgeCallback(Callback):
         summary = grade_file(self.config, writer.target)
         for logger in trainer.loggers:
             logger.log_metrics(summary.metrics(), step=trainer.global_step)
+            if isinstance(logger, TensorBoardLogger) and summary.graded:
+                levels, counts = zip(*summary.histogram.items(), strict=True)
+                scores = np.repeat(levels, counts)
+                edges = np.arange(0.5, 6)  # a bar a grade
+                logger.experiment.add_histogram("judge/score", scores, trainer.global_step, edges)
             logger.save()

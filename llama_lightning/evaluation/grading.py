@@ -4,8 +4,7 @@ A judge that cannot be reached gives no verdict: the request is repeated, and th
 with everything kept.
 """
 
-import hashlib
-import json
+import os
 import queue
 import random
 import threading
@@ -23,11 +22,20 @@ from llama_lightning.evaluation.judge import (
     RequestFailed,
     TooLong,
 )
+from llama_lightning.evaluation.page import report_page
 from llama_lightning.evaluation.parse import GRADED, Parsed, parse_score
 from llama_lightning.evaluation.prompts import build_prompt
-from llama_lightning.evaluation.report import Summary, summarise
+from llama_lightning.evaluation.report import (
+    REPORT,
+    SUMMARY,
+    Graded,
+    Summary,
+    summarise,
+    write_whole,
+)
 from llama_lightning.evaluation.responses import read_responses
-from llama_lightning.evaluation.verdicts import BACKEND_ERROR, VerdictFile
+from llama_lightning.evaluation.settings import Settings, prompt_version
+from llama_lightning.evaluation.verdicts import BACKEND_ERROR, VERDICTS, VerdictFile
 from llama_lightning.records import Response, Verdict
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0)
@@ -77,11 +85,10 @@ class _Item(NamedTuple):
     request: Request
 
 
-def _item(judge: str, response: Response, config: JudgeConfig, *, with_reference: bool) -> _Item:
-    prompt = build_prompt(response, with_reference=with_reference)
-    request = Request(prompt, response, config.temperature, config.seed, config.max_new_tokens)
-    decisive = [judge, *prompt, *request[2:], response.sample]
-    return _Item(hashlib.sha256(json.dumps(decisive).encode()).hexdigest(), request)
+def _item(settings: Settings, response: Response) -> _Item:
+    prompt = build_prompt(response, with_reference=settings.with_reference)
+    parameters = (settings.temperature, settings.seed, settings.max_new_tokens)
+    return _Item(settings.key(response), Request(prompt, response, *parameters))
 
 
 def _ask(judge: Judge, request: Request) -> Reply:
@@ -212,7 +219,7 @@ def _append_all(file: VerdictFile, judge: Judge, items: list[_Item], concurrency
 
 
 def grade_file(config: JudgeConfig, path: Path) -> Summary:
-    """Grade a file of responses and leave verdicts.jsonl and summary.json.
+    """Grade a file of responses and leave verdicts.jsonl, summary.json and the report.
 
     Args:
         config: the judge.
@@ -226,9 +233,17 @@ def grade_file(config: JudgeConfig, path: Path) -> Summary:
     judge = make_judge(config)
     judge.preflight()
     folder = Path(config.output) if config.output else path.parent
-    file = VerdictFile(folder / "verdicts.jsonl", judge.name)
+    file = VerdictFile(folder / VERDICTS, judge.name)
+    settings = Settings(
+        judge=judge.name,
+        with_reference=with_reference,
+        temperature=config.temperature,
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        prompt=prompt_version(),
+    )
     try:
-        items = [_item(judge.name, r, config, with_reference=with_reference) for r in responses]
+        items = [_item(settings, response) for response in responses]
         unique = {item.key: item for item in items}
         todo = [item for key, item in unique.items() if file.final(key) is None]
         if len(todo) < len(unique):
@@ -236,14 +251,17 @@ def grade_file(config: JudgeConfig, path: Path) -> Summary:
         if stale := file.stale(set(unique)):
             print(f"{stale} verdicts in {file.path} are of other prompts or settings: not counted")
         _append_all(file, judge, todo, config.concurrency)
-        verdicts = [file[item.key] for item in items]
+        graded = [Graded(item.request.response, file[item.key]) for item in items]
     finally:
         file.close()
-    summary = summarise(verdicts, with_reference=with_reference)
-    summary.write(folder / "summary.json")
-    print(f"{judge.name}: {summary}\nverdicts in {file.path}")
+    summary = summarise(graded, settings)
+    write_whole(folder / SUMMARY, summary.json(os.path.relpath(path, folder)))
+    write_whole(folder / REPORT, summary.markdown())
+    page = folder / "report.html"
+    write_whole(page, report_page(summary, graded))
+    print(f"{judge.name}: {summary}\nverdicts in {file.path}, a page of them in {page}")
     if not summary.graded:
-        first = verdicts[0]
+        first = graded[0].verdict
         raise JudgeError(
             f"no response was graded; the first is {first.status}: {first.reason} (see {file.path})"
         )

@@ -21,7 +21,7 @@ class JudgeConfig:
         model: the judge model's name on the server.
         base_url: the server; for ollama by default OLLAMA_HOST, or http://127.0.0.1:11434.
         api_key_env: name of the environment variable that holds the server's key, if it wants one.
-        output: folder of verdicts.jsonl and summary.json; by default that of the responses.
+        output: folder of the verdicts and the report; by default that of the responses.
         use_reference: show the reference answers to the judge; `auto` does if every row has one.
         temperature: of the judge's reply; 0 takes the likeliest token.
         max_new_tokens: longest reply, in tokens; one that is cut is asked for again with twice.

@@ -4,6 +4,7 @@ A mean without its exclusions hides that a judge may fail where responses are wo
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,32 +12,59 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_lightning.records import Verdict
+from llama_lightning.evaluation.settings import Settings
+from llama_lightning.records import Response, Verdict
 
+SUMMARY, REPORT = "summary.json", "report.md"
 RESAMPLES = 10_000
+LEVELS = range(1, 6)
+BAR = 30  # characters
 
 
-def bootstrap_interval(histogram: Sequence[int], seed: int = 0) -> tuple[float, float]:
-    """Compute the 95 % percentile bootstrap interval of a mean grade.
+def bootstrap_interval(
+    counts: Sequence[int], seed: int = 0, values: Sequence[float] = LEVELS
+) -> tuple[float, float]:
+    """Compute the 95 % percentile bootstrap interval of a mean.
 
-    Drawing n grades with replacement is drawing how often each of the five comes.
+    Drawing n values with replacement is drawing how often each of the different ones comes.
 
     Args:
-        histogram: how many grades of 1, 2, 3, 4, 5 there are.
+        counts: how often each value is there.
         seed: of the resampling.
+        values: the different values; by default the grades.
     """
-    counts = np.asarray(histogram)
-    total = counts.sum()
-    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=RESAMPLES)
-    low, high = np.percentile(draws @ np.arange(1, 6) / total, [2.5, 97.5])
+    total = sum(counts)
+    chances = np.asarray(counts) / total
+    draws = np.random.default_rng(seed).multinomial(total, chances, size=RESAMPLES)
+    low, high = np.percentile(draws @ np.asarray(values) / total, [2.5, 97.5])
     return float(low), float(high)
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Compute Spearman's correlation, equal values sharing their mean rank.
+
+    None where one of them is constant.
+    """
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    ranks = []
+    for values in (x, y):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+class Graded(NamedTuple):
+    """A response and what the judge says of it."""
+
+    response: Response
+    verdict: Verdict
 
 
 class Summary(NamedTuple):
     """What summary.json holds."""
 
-    judge: str
-    with_reference: bool
+    settings: Settings
     total: int
     graded: int
     excluded: dict[str, int]  # by status
@@ -45,6 +73,7 @@ class Summary(NamedTuple):
     histogram: dict[int, int]
     mean_if_excluded_were_1: float
     mean_if_excluded_were_5: float
+    length_correlation: float | None  # Spearman, of score and characters of the response
 
     def metrics(self) -> dict[str, float]:
         """Name the figures for a logger."""
@@ -53,31 +82,82 @@ class Summary(NamedTuple):
             metrics["judge/mean"] = self.mean
         return metrics
 
-    def write(self, path: Path) -> None:
-        """Write the file whole or not at all."""
-        values: dict[str, Any] = self._asdict()
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """List what a report says, as names and values."""
+        settings, excluded = self.settings, self.total - self.graded
+        facts = [
+            ("judge", settings.judge),
+            ("reference answers shown to it", "yes" if settings.with_reference else "no"),
+            ("graded", f"{self.graded} of {self.total}"),
+            ("mean, 95 % interval", self.interval),
+        ]
+        if excluded:
+            if_one, if_five = self.mean_if_excluded_were_1, self.mean_if_excluded_were_5
+            facts += [
+                ("left out", self.reasons),
+                ("mean if those were all 1, or 5", f"{if_one:.2f}, {if_five:.2f}"),
+            ]
+        if self.length_correlation is not None:
+            facts += [("score and length, Spearman", f"{self.length_correlation:+.2f}")]
+        return facts
+
+    @property
+    def interval(self) -> str:
+        """Write the mean as 3.41 [3.30, 3.52]."""
+        if self.mean is None or self.interval_95 is None:
+            return "no grade"
+        low, high = self.interval_95
+        return f"{self.mean:.2f} [{low:.2f}, {high:.2f}]"
+
+    @property
+    def reasons(self) -> str:
+        """Write what was left out, by status."""
+        return ", ".join(f"{count} {status}" for status, count in self.excluded.items())
+
+    def json(self, responses: str) -> str:
+        """Write summary.json.
+
+        Args:
+            responses: where the responses are, seen from its folder.
+        """
+        values: dict[str, Any] = {**self.settings._asdict(), "responses": responses}
+        values |= self._asdict()
+        del values["settings"]
+        return json.dumps(values, indent=2) + "\n"
+
+    def markdown(self) -> str:
+        """Write report.md: as readable in a terminal as on a forge."""
+        lines = ["# Judge report", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in self.facts]
+        lines += ["", "| score | responses | |", "|---|---|---|"]
+        most = max(self.histogram.values()) or 1
+        for level, count in self.histogram.items():
+            lines.append(f"| {level} | {count} | {'█' * math.ceil(BAR * count / most)} |")
+        lines += ["", "Every response with its feedback: [report.html](report.html)"]
+        return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {status}" for status, count in self.excluded.items())
-        counted = f"n={self.graded} of {self.total}" + (f" ({reasons})" if reasons else "")
-        if self.mean is None or self.interval_95 is None:
-            return f"no grade, {counted}"
-        low, high = self.interval_95
-        return f"{self.mean:.2f} [{low:.2f}, {high:.2f}], {counted}"
+        reasons = f" ({self.reasons})" if self.excluded else ""
+        return f"{self.interval}, n={self.graded} of {self.total}{reasons}"
 
 
-def summarise(verdicts: Sequence[Verdict], *, with_reference: bool) -> Summary:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def summarise(graded: Sequence[Graded], settings: Settings) -> Summary:
     """Add up the verdicts, one a response."""
-    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    histogram = {level: scores.count(level) for level in range(1, 6)}
-    excluded = Counter(verdict.status for verdict in verdicts if verdict.score is None)
-    missing, total = len(verdicts) - len(scores), len(verdicts)
+    scored = [(len(r.response), v.score) for r, v in graded if v.score is not None]
+    scores = [score for _, score in scored]
+    histogram = {level: scores.count(level) for level in LEVELS}
+    excluded = Counter(verdict.status for _, verdict in graded if verdict.score is None)
+    missing, total = len(graded) - len(scores), len(graded)
     return Summary(
-        judge=verdicts[0].judge,
-        with_reference=with_reference,
+        settings=settings,
         total=total,
         graded=len(scores),
         excluded=dict(excluded.most_common()),
@@ -86,4 +166,5 @@ def summarise(verdicts: Sequence[Verdict], *, with_reference: bool) -> Summary:
         histogram=histogram,
         mean_if_excluded_were_1=(sum(scores) + missing) / total,
         mean_if_excluded_were_5=(sum(scores) + 5 * missing) / total,
+        length_correlation=rank_correlation([length for length, _ in scored], scores),
     )

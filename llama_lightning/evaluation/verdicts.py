@@ -6,12 +6,37 @@ one key the last holds.
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from llama_lightning.errors import JudgeError, UsageError
 from llama_lightning.records import Verdict
 
+VERDICTS = "verdicts.jsonl"
 BACKEND_ERROR = "backend_error"
+
+
+def _parse(path: Path, lines: list[bytes]) -> Iterator[Verdict]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield Verdict(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise JudgeError(
+                f"{path}, line {number}: not a verdict; move the file away to grade anew"
+            ) from error
+
+
+def read_verdicts(path: Path) -> dict[str, Verdict]:
+    """Read the verdicts by their keys.
+
+    Raises:
+        JudgeError: no such file, or a row that is not a verdict.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise JudgeError(f"{path}: {error.strerror}; `judge` writes it") from error
+    return {row.key: row for row in _parse(path, lines)}
 
 
 class VerdictFile:
@@ -38,13 +63,7 @@ class VerdictFile:
         if half:  # the process was killed inside a write
             self._file.truncate(self._file.tell() - len(half))
         self._rows: dict[str, Verdict] = {}
-        for number, line in enumerate(lines, 1):
-            try:
-                row = Verdict(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise JudgeError(
-                    f"{path}, line {number}: not a verdict; move the file away to grade anew"
-                ) from error
+        for row in _parse(path, lines):
             if row.judge != judge:
                 raise UsageError(
                     f"{path} holds verdicts of {row.judge}, and the judge is {judge}; set "

@@ -131,6 +131,8 @@ def test_ollama(judge: Runner) -> None:
     assert done.summary["judge"] == "ollama llama3.1 000000000000"
     assert (done.summary["mean"], done.summary["graded"], done.summary["total"]) == (4.0, 6, 6)
     assert "4.00 [4.00, 4.00], n=6 of 6\n" in done.output
+    assert "| 4 | 6 | ███" in (done.folder / "report.md").read_text()
+    assert "ollama llama3.1 000000000000" in (done.folder / "report.html").read_text()
 
 
 def test_openai(judge: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -645,6 +647,8 @@ def test_predict_is_judged_at_its_end(predict: Callable[..., Run]) -> None:
     events.Reload()
     assert [e.value for e in events.Scalars("judge/graded")] == [5]
     assert events.Scalars("judge/mean")[0].value == pytest.approx(done.summary["mean"])
+    drawn = events.Histograms("judge/score")[0].histogram_value
+    assert (drawn.num, drawn.sum / drawn.num) == (5, pytest.approx(done.summary["mean"]))
 
 
 def test_predict_is_judged_when_the_model_has_left(

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 
 from llama_lightning.evaluation import report
-from llama_lightning.evaluation.report import bootstrap_interval, summarise
-from llama_lightning.records import Verdict
+from llama_lightning.evaluation.report import (
+    Graded,
+    bootstrap_interval,
+    rank_correlation,
+    summarise,
+)
+from llama_lightning.evaluation.settings import Settings
+from llama_lightning.records import Response, Verdict
+
+SETTINGS = Settings("judge", True, 0.0, 0, 1024, "words")
 
 
-def verdict(score: int | None, status: str = "graded") -> Verdict:
-    return Verdict("", "judge", 0, 0, status, score, "", "")
+def graded(score: int | None, status: str = "graded", text: str = "four") -> Graded:
+    verdict = Verdict("", "judge", 0, 0, status, score, "", "")
+    return Graded(Response(0, "q", "", "", text, 0, "stop"), verdict)
 
 
 def test_the_interval_covers_the_true_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,10 +46,10 @@ def test_the_interval_is_that_of_drawing_grades() -> None:
     assert bootstrap_interval(histogram) == bootstrap_interval(histogram)
 
 
-def test_summary(tmp_path) -> None:
-    verdicts = [verdict(s) for s in [5, 4, 4, 1]]
-    verdicts += [verdict(None, s) for s in ("truncated", "unparsed", "truncated")]
-    summary = summarise(verdicts, with_reference=True)
+def test_summary() -> None:
+    rows = [graded(s) for s in [5, 4, 4, 1]]
+    rows += [graded(None, s) for s in ("truncated", "unparsed", "truncated")]
+    summary = summarise(rows, SETTINGS)
     assert summary.mean == 3.5
     assert summary.histogram == {1: 1, 2: 0, 3: 0, 4: 2, 5: 1}
     assert summary.mean_if_excluded_were_1 == pytest.approx((14 + 3) / 7)
@@ -48,15 +57,33 @@ def test_summary(tmp_path) -> None:
     low, high = summary.interval_95
     assert str(summary) == f"3.50 [{low:.2f}, {high:.2f}], n=4 of 7 (2 truncated, 1 unparsed)"
     assert summary.metrics() == {"judge/mean": 3.5, "judge/graded": 4}
-    summary.write(tmp_path / "summary.json")
-    assert json.loads((tmp_path / "summary.json").read_text())["excluded"] == {
-        "truncated": 2,
-        "unparsed": 1,
-    }
+    written = json.loads(summary.json("responses.jsonl"))
+    assert written["excluded"] == {"truncated": 2, "unparsed": 1}
+    assert (written["judge"], written["responses"]) == ("judge", "responses.jsonl")
 
 
 def test_nothing_graded_has_no_mean() -> None:
-    summary = summarise([verdict(None, "unparsed")] * 2, with_reference=False)
+    summary = summarise([graded(None, "unparsed")] * 2, SETTINGS)
     assert summary.mean is None
     assert summary.interval_95 is None
     assert summary.metrics() == {"judge/graded": 0}
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [9, 5, 1]) == pytest.approx(-1)
+    # By hand, with a tie: ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4.
+    assert rank_correlation([1, 2, 2, 5], [1, 7, 3, 9]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert rank_correlation([1, 2], [3, 3]) is None
+    assert rank_correlation([], []) is None
+
+
+def test_report_for_a_terminal() -> None:
+    rows = [graded(s, text="x" * s) for s in [1, 2, 2, 5]] + [graded(None, "truncated")]
+    text = summarise(rows, SETTINGS).markdown()
+    print(text)
+    assert "| graded | 4 of 5 |" in text
+    assert "| left out | 1 truncated |" in text
+    assert "| mean if those were all 1, or 5 | 2.20, 3.00 |" in text
+    assert "| score and length, Spearman | +1.00 |" in text
+    assert f"| 2 | 2 | {'█' * 30} |" in text

@@ -1,0 +1,285 @@
+"""Two judged runs: figures by hand and by simulation, and what refuses to be compared."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llama_lightning.cli import main
+from llama_lightning.evaluation import report
+from llama_lightning.evaluation.compare import compare_differences, needed_pairs
+
+ROOT = Path(__file__).parents[2]
+USAGE, FILES = 2, 3
+
+
+# Figures
+
+
+@pytest.mark.parametrize(("correlation", "known"), [(0, 638), (0.3, 447), (0.5, 319)])
+def test_needed_pairs(correlation: float, known: int) -> None:
+    spread = 1.15 * (2 * (1 - correlation)) ** 0.5
+    needed = needed_pairs(3.41 - 3.23, spread)
+    print(f"3.41 against 3.23 at correlation {correlation}: {needed} prompts, known {known}")
+    assert needed == pytest.approx(known, rel=0.01)
+
+
+def test_needed_pairs_do_show_it() -> None:
+    generator = np.random.default_rng(0)
+    needed = needed_pairs(0.2, 1.0)
+    samples = generator.normal(0.2, 1.0, size=(4000, needed))
+    errors = samples.std(axis=1, ddof=1) / needed**0.5
+    seen = np.mean(np.abs(samples.mean(axis=1) / errors) > 1.96)
+    print(f"{needed} pairs show a difference of a fifth of the spread in {seen:.1%} of 4,000 runs")
+    assert seen == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_paired_interval_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESAMPLES", 1000)  # a tenth, 1,000 times
+    generator = np.random.default_rng(0)
+    chances = np.array([0.07, 0.14, 0.26, 0.38, 0.15])
+    moves = np.array([0.15, 0.6, 0.25])  # B's grade is one lower, the same, one higher
+    grades = np.arange(1, 6)
+    moved = np.clip(grades[:, None] + [-1, 0, 1], 1, 5)
+    truth = chances @ (moved @ moves - grades)
+    covered = 0
+    for _ in range(1000):
+        a = generator.choice(5, size=200, p=chances)
+        b = moved[a, generator.choice(3, size=200, p=moves)]
+        low, high = compare_differences((b - grades[a]).tolist()).interval_95
+        covered += low <= truth <= high
+    print(f"95 % intervals of 200 pairs: {covered / 1000:.1%} of 1,000 hold the true difference")
+    assert 0.93 <= covered / 1000 <= 0.97
+
+
+def test_by_hand() -> None:
+    comparison = compare_differences([1] * 30 + [0] * 15 + [-1] * 5, missing=2, only_b=1)
+    assert comparison.difference == 0.5
+    assert (comparison.wins, comparison.ties, comparison.losses) == (30, 15, 5)
+    assert comparison.more == 0
+    low, high = comparison.interval_95  # 0.5 +- 1.96 * 0.678 / sqrt(50)
+    assert (low, high) == pytest.approx((0.312, 0.688), abs=0.03)
+    assert str(comparison) == (
+        f"B - A: +0.50 [{low:+.2f}, {high:+.2f}], n=50 pairs (2 without a grade in both, "
+        "1 only in B), 30 wins 15 ties 5 losses: settled"
+    )
+
+
+def test_not_settled() -> None:
+    differences = [1] * 12 + [0] * 20 + [-1] * 8
+    comparison = compare_differences(differences)
+    needed = needed_pairs(0.1, float(np.std(differences, ddof=1)))
+    assert comparison.more == needed - 40
+    assert str(comparison).endswith(
+        f"losses: not settled, about {needed - 40} more prompts would settle it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([0] * 30, "no difference"),
+        ([1, -1] * 30, "not settled, the means are equal"),
+        ([1], "not settled, about 19 more prompts would settle it"),
+        ([1] * 19, "not settled, about 1 more prompts would settle it"),
+        ([1] * 20, "settled"),
+        ([-0.5] * 20, "settled"),
+    ],
+)
+def test_verdicts(differences: list[float], verdict: str) -> None:
+    assert compare_differences(differences).verdict == verdict
+
+
+# On the command line
+
+Say = Callable[..., tuple[int, str]]
+
+
+def rows(count: int, **changes: Any) -> list[dict[str, Any]]:
+    row = {"input": "", "reference": "one two three", "response": "one two three"}
+    return [{"id": i, "instruction": f"Say {i}.", **row, **changes} for i in range(count)]
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Say:
+    """Run a verb in the test's folder; its code, and its words."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str]:
+        code = main(arguments)
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        assert len(captured.err.splitlines()) == (code != 0)
+        return code, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture
+def judged(say: Say) -> Callable[..., None]:
+    """Write responses into a folder and have them judged."""
+
+    def call(folder: str, records: list[dict[str, Any]], *arguments: str) -> None:
+        Path(folder).mkdir(exist_ok=True)
+        path = Path(folder, "responses.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in records))
+        code, said = say("judge", "--judge.backend=exact", f"--responses.path={path}", *arguments)
+        assert code == 0, said
+
+    return call
+
+
+def test_two_files_of_responses(say: Say, judged: Callable[..., None]) -> None:
+    worse = rows(40)
+    for row in worse[:30]:
+        row["response"] = "one"
+    judged("a", worse)
+    judged("b", rows(45, num_tokens=3))
+    code, said = say("compare", "a", "b/verdicts.jsonl")
+    print(said)
+    assert code == 0
+    assert "n=40 pairs (5 only in B), 30 wins 10 ties 0 losses: settled" in said
+    assert said.endswith("responses to each prompt: b/compare.html\n")
+    assert '"Response of B"' in Path("b/compare.html").read_text()
+    code, said = say("compare", "b", "a", "--output", "deep/er")
+    assert "0 wins 10 ties 30 losses" in said
+    assert Path("deep/er/compare.html").is_file()
+    code, said = say("compare", "a", "a")
+    assert code == 0
+    assert "+0.00 [+0.00, +0.00], n=40 pairs, 0 wins 40 ties 0 losses: no difference" in said
+
+
+def test_equal_responses_share_a_verdict(say: Say, judged: Callable[..., None]) -> None:
+    judged("a", rows(30, instruction="Say it."))
+    assert len(Path("a/verdicts.jsonl").read_text().splitlines()) == 1
+    assert "n=30 pairs" in say("compare", "a", "a")[1]
+
+
+def test_samples_of_one_prompt_are_one_pair(say: Say, judged: Callable[..., None]) -> None:
+    several = [{**row, "sample": sample} for row in rows(25) for sample in range(3)]
+    judged("a", several)
+    for row in several:
+        row["response"] = ["one two three", "one", " "][row["sample"]]
+    judged("b", several[:-1])
+    code, said = say("compare", "a", "b")
+    assert code == 0
+    # Of three samples one is as good, one is 2 lower (ROUGE-L is a half), one has no grade.
+    assert "B - A: -1.00 [-1.00, -1.00], n=25 pairs, 0 wins 0 ties 25 losses: settled" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--judge.seed=1"], "seed is 0 in a and 1 in b"),
+        (["--judge.temperature=0.5"], "temperature is 0.0 in a and 0.5 in b"),
+        (["--judge.max_new_tokens=9"], "max_new_tokens is 1024 in a and 9 in b"),
+    ],
+)
+def test_judged_differently(
+    say: Say, judged: Callable[..., None], arguments: list[str], field: str
+) -> None:
+    judged("a", rows(3))
+    judged("b", rows(3), *arguments)
+    code, said = say("compare", "a", "b")
+    assert code == USAGE
+    assert f"A and B were judged differently: {field}; judge both in the same way" in said
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("judge", "ollama x"), ("with_reference", False), ("prompt", "older")]
+)
+def test_another_judge_or_prompt(
+    say: Say, judged: Callable[..., None], field: str, value: Any
+) -> None:
+    for folder in "ab":
+        judged(folder, rows(3))
+    path = Path("b/summary.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    code, said = say("compare", "a", "b")
+    assert code == USAGE
+    assert f"differently: {field} is " in said
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def text(name: str, words: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(words)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (without("summary.json"), "b/summary.json: No such file or directory; name the folder"),
+        (without("verdicts.jsonl"), "b/verdicts.jsonl: No such file or directory; `judge` writes"),
+        (without("responses.jsonl"), "responses.jsonl: no such file"),
+        (text("summary.json", "{"), "b/summary.json is not a summary of this version"),
+        (text("summary.json", "[]"), "b/summary.json is not a summary of this version"),
+        (text("verdicts.jsonl", "{}\n"), "b/verdicts.jsonl, line 1: not a verdict"),
+        (text("verdicts.jsonl", ""), "b/verdicts.jsonl: no verdict on 4 of 4 responses"),
+        (text("responses.jsonl", json.dumps(rows(3))), "no verdict on 1 of 4 responses"),
+    ],
+)
+def test_broken_folders(
+    say: Say, judged: Callable[..., None], break_it: Callable[[Path], None], said: str
+) -> None:
+    for folder in "ab":
+        judged(folder, rows(4))
+    break_it(Path("b"))
+    code, words = say("compare", "a", "b")
+    print(words)
+    assert code == FILES
+    assert said in words
+
+
+def test_nothing_in_common(say: Say, judged: Callable[..., None]) -> None:
+    judged("a", rows(3))
+    judged("b", [{**row, "id": row["id"] + 3} for row in rows(3)])
+    code, said = say("compare", "a", "b")
+    assert (code, "a and b have no id in common" in said) == (FILES, True)
+    judged("c", rows(3, input="other"))
+    code, said = say("compare", "a", "c")
+    assert (code, "id 0 has another input in a than in c" in said) == (FILES, True)
+    code, said = say("compare", "nowhere", "a")
+    assert (code, "nowhere/summary.json" in said) == (FILES, True)
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["a", "b", "--ouput=x"]])
+def test_usage(say: Say, arguments: list[str]) -> None:
+    code, said = say("compare", *arguments)
+    assert code == USAGE
+    assert said.endswith("use: compare A B\n")
+
+
+def test_an_output_that_cannot_be_written(say: Say, judged: Callable[..., None]) -> None:
+    judged("a", rows(3))
+    Path("file").write_text("")
+    code, said = say("compare", "a", "a", "--output=file/deeper")
+    assert code == USAGE
+    assert "--output file/deeper cannot be written" in said
+
+
+def test_predict_twice_and_compare(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [
+        {"instruction": f"Give the capital city of {land}.", "output": f"the city of {land}"}
+        for land in ("Norway", "France", "Spain", "Italy")
+    ]
+    Path("rows.json").write_text(json.dumps(records))
+    shared = ["predict", f"--config={ROOT}/configs/tiny_lora.yaml", "--judge.backend=exact"]
+    shared += ["--data.predict_path=rows.json", "--trainer.accelerator=cpu"]
+    for folder, tokens in (("a", 4), ("b", 12)):
+        code = main(
+            [
+                *shared,
+                f"--responses.path={folder}/responses.jsonl",
+                f"--model.generation.max_new_tokens={tokens}",
+            ]
+        )
+        assert code == 0
+        assert Path(folder, "report.html").is_file()
+    assert main(["compare", "a", "b"]) == 0
+    assert Path("b/compare.html").is_file()
