@@ -154,6 +154,7 @@ def _compare(arguments: list[str]) -> None:
 def _run(arguments: list[str]) -> None:
     """Parse and run; turn the libraries' errors that a user can mend into one line."""
     import argparse
+    import errno
     import inspect
     import textwrap
     from pathlib import Path
@@ -163,7 +164,7 @@ def _run(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from llama_lightning.data.alpaca import AlpacaDataModule
-    from llama_lightning.errors import UsageError
+    from llama_lightning.errors import UsageError, UserError
     from llama_lightning.evaluation.callbacks import (
         JudgeCallback,
         ResponseWriter,
@@ -212,10 +213,14 @@ def _run(arguments: list[str]) -> None:
         def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
             """Log the values that the config file and the command line give, not the defaults."""
             given = {key for key, _ in given_keys(arguments[1:])}
+            # A run's own config.yaml gives every value, so that not all that is given was chosen.
+            defaults = {k: str(v) for k, v in vars(self.parser.get_defaults().as_flat()).items()}
+            for prefix, kind in SECTIONS.items():
+                defaults |= {k: shown.rpartition(" = ")[2] for k, shown, _ in keys_of(kind, prefix)}
             chosen = {}
             for key, value in vars(self.config.as_flat()).items():
                 name = key.replace(".init_args", "")
-                if name in given and value is not None:
+                if name in given and value is not None and str(value) != defaults.get(name):
                     chosen[name] = value if isinstance(value, (bool, int, float)) else str(value)
             for logger in trainer.loggers:
                 logger.log_hyperparams(chosen)
@@ -302,6 +307,8 @@ def _run(arguments: list[str]) -> None:
                 return
             last = Path(last)
             print(f"trained weights: {last}")
+            if not callback.best_model_path:
+                print("no best.ckpt: no validation in this run (trainer.val_check_interval)")
             if config.is_file():
                 print(
                     f"next: python -m llama_lightning predict --config {config} --ckpt_path {last}"
@@ -337,6 +344,11 @@ def _run(arguments: list[str]) -> None:
     except ValueError as error:
         raise users_part(error) from error
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = error.filename or "the file that was being written"
+            raise UserError(
+                f"{what}: {error.strerror}; make room, what was written is kept"
+            ) from error
         if error.filename is None or error.strerror is None:
             raise
         raise UsageError(f"{error.filename}: {error.strerror}") from error

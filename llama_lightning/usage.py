@@ -66,7 +66,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def config_files(arguments: list[str]) -> Iterator[str]:
     """List the config files that a command line names."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument in ("--config", "-c") and following:
             yield following
         elif argument.startswith(("--config=", "-c=")):
@@ -116,6 +116,13 @@ ALIASES = {
     "device": "trainer.accelerator",
     "eval_freq": "trainer.val_check_interval",
     "generation_freq": "samples.every_n_steps",
+    "use_bf16": "trainer.precision",
+    "use_explicit_bfloat16": "trainer.precision",
+    "lr_scheduling": "model.optimizer.warmup",
+    "use_ollama_for_eval": "judge.backend",
+    "ollama_model_name": "judge.model",
+    "print_memory_usage": "memory.table",
+    "preload_model": "ckpt_path",
     "output_dir": "trainer.default_root_dir",
     "model_save_path": "checkpoint.dirpath",
     "responses_save_path": "responses.path",
@@ -133,6 +140,8 @@ def group_arguments(arguments: list[str], groups: tuple[str, ...]) -> Iterator[s
             if not isinstance(values, dict):
                 raise UsageError(f"{group} in {path}: keys and values are needed, not {values!r}")
             for key, value in values.items():
+                if value is None:
+                    continue
                 text = value if isinstance(value, str) else json.dumps(value)
                 yield f"--{group}.{key}={text}"
 
@@ -182,6 +191,8 @@ WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 
 def plain_reason(text: str) -> str:
     """Cut one of jsonargparse's messages down to its innermost key and reason."""
+    if "nrecognized arguments" in text:
+        return f"{' '.join(text.split())}; a config file goes behind --config"
     if missing := re.search(r"arguments are required: (.+)", text):
         names = re.sub(r"\b\w+\.", "", missing[1])  # without the verb
         return f"{names}: not given; name a config, e.g. --config configs/tiny_lora.yaml"

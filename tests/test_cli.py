@@ -148,6 +148,13 @@ def test_broken_config(run, text, said):
         (["--checkpoint.dirpath=/dev/null/x"], USAGE, "checkpoint.dirpath: /dev/null/x cannot be"),
         (["--checkpoint.monitor=val/los"], USAGE, "checkpoint.monitor: expected one of 'val/loss'"),
         (["--model.optimizer.betas=[1,2]"], USAGE, "model.optimizer.betas is [1.0, 2.0]"),
+        (
+            ["--trainer.experiment_name=../x"],
+            USAGE,
+            "trainer.experiment_name is '../x'; use a name",
+        ),
+        (["--trainer.use_bf16=true"], USAGE, "did you mean trainer.precision?"),
+        (["run2.yaml"], USAGE, "a config file goes behind --config"),
         (["--data.num_workers=-1"], USAGE, "data.num_workers is too small; use 0 or more"),
         (["--model.optimizer.learning_rate=1"], USAGE, "did you mean model.optimizer.lr?"),
         (["--num_epochs=1"], USAGE, "did you mean trainer.max_epochs?"),
@@ -272,6 +279,12 @@ def test_hostile_checkpoint_runs_no_code(run, tmp_path, monkeypatch):
     code, _ = run("--ckpt_path=hostile.ckpt")
     assert code == DATA
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("verb", ["fit", "predict", "judge"])
+def test_a_verb_alone(capsys, verb):
+    assert main([verb]) == USAGE
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_no_verb_and_unknown_verb(capsys):

@@ -542,6 +542,8 @@ def test_log_to_clearml(run: Runner, tmp_path: Path) -> None:
     print(f"{len(there)} of {len(tags)} of TensorBoard's scalars are in the ClearML session")
     assert there == tags
     assert ("samples", "responses") in logged
+    plain = run(**{"samples.every_n_steps": 1}).scalars("train/loss")
+    assert [event.value for event in events.Scalars("train/loss")] == plain  # it seeds nothing
     assert task["name"].startswith("first-")
     assert task["hyperparams"]["General"]["model.lora.rank"]["value"] == "4"
     assert {a["key"] for a in task["execution"]["artifacts"]} >= {"last.ckpt", "config.yaml"}

@@ -81,7 +81,7 @@ def test_hparams_are_what_was_chosen(page):
     experiment = json.loads(_get(f"{page}/data/plugin/hparams/experiment", "{}"))
     names = {info["name"] for info in experiment["hparamInfos"]}
     print(sorted(names))
-    assert {"model.lora.rank", "model.optimizer.lr", "data.batch_size"} <= names
+    assert {"model.lora.rank", "model.optimizer.lr", "data.val_fraction"} <= names
     assert "trainer.benchmark" not in names, "nobody chose it"
     metrics = {info["name"]["tag"] for info in experiment["metricInfos"]}
     assert {"val/loss", "predict/exact_match"} <= metrics

@@ -65,6 +65,8 @@ class ResponseWriter(Callback):
         target = self.path or Path(trainer.log_dir or ".") / "responses.jsonl"
         self.target = Path(trainer.strategy.broadcast(target))
         self._ranks = trainer.world_size
+        if self.target.is_dir():
+            raise UsageError(f"responses.path: {self.target} is a folder; name a file in it")
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._part(trainer.global_rank).touch()
@@ -72,6 +74,14 @@ class ResponseWriter(Callback):
             raise UsageError(
                 f"responses.path: {self.target} cannot be written ({error})"
             ) from error
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no empty file where there was no answer."""
+        target = getattr(self, "target", None)
+        if target is not None and target.is_file() and not target.stat().st_size:
+            target.unlink()
 
     def _part(self, rank: int) -> Path:
         if self._ranks == 1:

@@ -153,6 +153,12 @@ def summarise(graded: Sequence[Graded], settings: Settings) -> Summary:
     """Add up the verdicts, one a response."""
     scored = [(len(r.response), v.score) for r, v in graded if v.score is not None]
     scores = [score for _, score in scored]
+    # Samples of one prompt are no independent grades: what is drawn again are prompts.
+    prompts: dict[int, list[int]] = {}
+    for response, verdict in graded:
+        if verdict.score is not None:
+            prompts.setdefault(response.id, []).append(verdict.score)
+    means = Counter(sum(s) / len(s) for s in prompts.values())
     histogram = {level: scores.count(level) for level in LEVELS}
     excluded = Counter(verdict.status for _, verdict in graded if verdict.score is None)
     missing, total = len(graded) - len(scores), len(graded)
@@ -162,7 +168,7 @@ def summarise(graded: Sequence[Graded], settings: Settings) -> Summary:
         graded=len(scores),
         excluded=dict(excluded.most_common()),
         mean=sum(scores) / len(scores) if scores else None,
-        interval_95=bootstrap_interval(list(histogram.values())) if scores else None,
+        interval_95=bootstrap_interval([*means.values()], values=[*means]) if scores else None,
         histogram=histogram,
         mean_if_excluded_were_1=(sum(scores) + missing) / total,
         mean_if_excluded_were_5=(sum(scores) + 5 * missing) / total,

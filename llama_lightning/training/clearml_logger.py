@@ -59,6 +59,7 @@ def _open_task(project_name: str, task_name: str) -> "Task":
     # group, such as Ctrl-C's or a scheduler's, and sends what the stopping run still logs.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
+        Task.set_random_seed(None)  # or it would seed every generator anew, in the middle of a run
         task: Task = Task.init(
             project_name,
             task_name,

@@ -46,31 +46,35 @@ class MemoryReport(Callback):
 
     def __init__(self, table: bool = True) -> None:
         self.table = table
+        self._parts: dict[str, float] = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log with the other figures of a step; its gradients are still there."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % every:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        for name, value in self._measure(trainer, pl_module).items():
+        if not self._parts or trainer.global_step % every == 0:
+            self._parts = memory_parts(pl_module, trainer.optimizers[0])
+        if trainer.global_step % every:
+            return
+        for name, value in self._measure(pl_module.device).items():
             pl_module.log(f"memory/{name}_gib", value)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        device, host = pl_module.device, host_peak_gib()
+    def _measure(self, device: torch.device) -> dict[str, float]:
+        host = host_peak_gib()
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else host
-        parts = memory_parts(pl_module, trainer.optimizers[0])
-        rest = max(0.0, peak - sum(parts.values()))
-        return {**parts, "rest_of_peak": rest, "peak": peak, "host_peak": host}
+        rest = max(0.0, peak - sum(self._parts.values()))
+        return {**self._parts, "rest_of_peak": rest, "peak": peak, "host_peak": host}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, on the first rank."""
-        if not (self.table and trainer.is_global_zero):
+        """Print the table, on the first rank; a validation may have freed the gradients."""
+        if not (self.table and trainer.is_global_zero and self._parts):
             return
         table = Table("part", title=f"Memory on {pl_module.device}", title_justify="left")
         table.add_column("GiB", justify="right")
-        measured = self._measure(trainer, pl_module)
+        measured = self._measure(pl_module.device)
         if pl_module.device.type == "cpu":
             del measured["host_peak"]  # the same
         for name, gib in measured.items():

@@ -47,6 +47,9 @@ class Trainer(pl.Trainer):
         kwargs["default_root_dir"] = kwargs.get("default_root_dir") or "."
         # Lightning's sampler repeats and reorders records; the data module shares them out.
         kwargs["use_distributed_sampler"] = False
+        for key, text in (("project_name", project_name), ("experiment_name", experiment_name)):
+            if text is not None and (Path(text).name != text or text in ("", "..")):
+                raise UsageError(f"trainer.{key} is {text!r}; use a name without /")
         if kwargs.get("logger") in (None, True):
             name = str(Path("lightning_logs", project_name or ""))
             # Not from the seeded generators: the same seed twice is two runs.

@@ -95,6 +95,28 @@ def test_answers_of_an_earlier_run_are_kept(prompts, tmp_path):
     assert "precious" in (tmp_path / "responses.jsonl.previous").read_text()
 
 
+def test_files_that_cannot_take_responses(prompts, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    said = {}
+    for target in (folder, Path("/dev/full")):
+        result = subprocess.run(
+            [*_command(prompts, target), f"--trainer.default_root_dir={tmp_path}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Traceback" not in result.stderr
+        said[target] = (result.returncode, result.stderr.splitlines()[-1])
+        print(said[target])
+    assert said[folder][0] == 2
+    assert "is a folder; name a file in it" in said[folder][1]
+    assert folder.is_dir()
+    assert said[Path("/dev/full")][0] == 3
+    assert "No space left on device; make room" in said[Path("/dev/full")][1]
+
+
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
 )

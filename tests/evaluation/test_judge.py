@@ -680,7 +680,7 @@ def test_predict_without_a_server_answers_nothing(predict: Callable[..., Run]) -
     done = predict("--judge.backend=ollama", "--judge.base_url=http://127.0.0.1:9")
     assert done.code == BACKEND
     assert "`ollama serve`" in done.error
-    assert not rows(done.folder / FILE)
+    assert not (done.folder / FILE).exists()
 
 
 def test_predict_keeps_its_responses_when_the_judge_dies(

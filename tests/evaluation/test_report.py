@@ -87,3 +87,20 @@ def test_report_for_a_terminal() -> None:
     assert "| mean if those were all 1, or 5 | 2.20, 3.00 |" in text
     assert "| score and length, Spearman | +1.00 |" in text
     assert f"| 2 | 2 | {'█' * 30} |" in text
+
+
+def test_samples_of_a_prompt_are_no_independent_grades() -> None:
+    # Ten prompts whose three samples all have the prompt's grade: as sure as ten grades, not thirty.
+    def of_ten_prompts(samples: int) -> list[Graded]:
+        return [
+            Graded(
+                Response(i, "", "", "", "x", 1, "stop", sample),
+                Verdict(f"{i}.{sample}", "exact", i, sample, "graded", 1 + i % 5, "", ""),
+            )
+            for i in range(10)
+            for sample in range(samples)
+        ]
+
+    one, three = (summarise(of_ten_prompts(samples), SETTINGS) for samples in (1, 3))
+    assert one.mean == three.mean == 3
+    assert one.interval_95 == three.interval_95
