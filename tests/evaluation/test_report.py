@@ -90,7 +90,7 @@ def test_report_for_a_terminal() -> None:
 
 
 def test_samples_of_a_prompt_are_no_independent_grades() -> None:
-    # Ten prompts whose three samples all have the prompt's grade: as sure as ten grades, not thirty.
+    # Three samples that all have their prompt's grade: as sure as ten grades, not as thirty.
     def of_ten_prompts(samples: int) -> list[Graded]:
         return [
             Graded(
