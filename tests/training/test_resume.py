@@ -160,8 +160,8 @@ def test_stopped_at_random_moments(processes, workplace, uninterrupted, tmp_path
         run = tmp_path / str(trial)
         run.mkdir()
         arguments = _arguments(workplace, run, every)
-        # Kills come at any moment, the very end included; of the two trials of a signal one must find
-        # the run alive.
+        # Kills come at any moment, the very end included; of the two trials of a signal one must
+        # find the run alive.
         moment = rng.uniform(0, seconds if signum == signal.SIGKILL else 0.7 * seconds)
         if _run(processes, arguments, run, kill_after=moment, signum=signum) is None:
             kills += 1
