@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"errors", "records", "hub", "model", "weights"},
     "usage": EVERYTHING,
     "keys": EVERYTHING,
+    "verbs": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
     "assets tools": EVERYTHING,

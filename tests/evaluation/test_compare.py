@@ -248,11 +248,17 @@ def test_nothing_in_common(say: Say, judged: Callable[..., None]) -> None:
     assert (code, "nowhere/summary.json" in said) == (FILES, True)
 
 
-@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["a", "b", "--ouput=x"]])
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"]])
 def test_usage(say: Say, arguments: list[str]) -> None:
     code, said = say("compare", *arguments)
     assert code == USAGE
     assert said.endswith("use: compare A B\n")
+
+
+def test_a_misspelt_key(say: Say) -> None:
+    code, said = say("compare", "a", "b", "--ouput=x")
+    assert code == USAGE
+    assert "unknown key ouput in the command line; did you mean output?" in said
 
 
 def test_an_output_that_cannot_be_written(say: Say, judged: Callable[..., None]) -> None:
