@@ -32,7 +32,7 @@ def _parse(parser: ArgumentParser, arguments: list[str], groups: tuple[str, ...]
 
 def judge(arguments: list[str]) -> None:
     """Grade a file of responses."""
-    from llama_lightning.evaluation.grading import grade_file
+    from llama_lightning.evaluation.grading import check_excluded, grade_file
 
     parser = _parser(
         "judge", "Grade a file of responses. Keys of the config that are not here are not read."
@@ -47,7 +47,8 @@ def judge(arguments: list[str]) -> None:
             "responses.path: not given; name the file that predict wrote, "
             "e.g. --responses.path lightning_logs/version_1/responses.jsonl"
         )
-    grade_file(JudgeConfig(**vars(given.judge)), Path(given.responses.path))
+    config = JudgeConfig(**vars(given.judge))
+    check_excluded(config, grade_file(config, Path(given.responses.path)))
 
 
 def compare(arguments: list[str]) -> None:
@@ -66,4 +67,6 @@ def compare(arguments: list[str]) -> None:
         given = _parse(parser, arguments, ("judge",))
     except ArgumentError as error:
         raise UsageError(f"{' '.join(str(error).split())}; use: compare A B") from error
-    compare(Path(given.A), Path(given.B), Path(given.output) if given.output else None)
+    config = JudgeConfig(**vars(given.judge))
+    folder = given.output or config.output
+    compare(Path(given.A), Path(given.B), Path(folder) if folder else None, config)
