@@ -701,20 +701,3 @@ def test_predict_keeps_its_responses_when_the_judge_dies(
     assert done.code == BACKEND
     assert "does not answer any more: HTTP 503: busy" in done.error
     assert len(rows(done.folder / FILE)) == 5
-
-
-def test_two_ranks_leave_the_judge_to_its_verb(prompts: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llama_lightning", "predict"]
-    command += ["--config=configs/tiny_lora.yaml", "--judge.backend=exact"]
-    command += [f"--data.predict_path={prompts}", f"--trainer.default_root_dir={tmp_path}"]
-    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.eval_batch_size=2"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    line = next(x for x in result.stdout.splitlines() if x.startswith("next: "))
-    print(line)
-    folder = tmp_path / "lightning_logs" / "version_0"
-    assert not (folder / "verdicts.jsonl").exists()
-    given = line.removeprefix("next: python -m llama_lightning ")
-    given = given.replace("FILE", f"{ROOT}/configs/tiny_lora.yaml")
-    assert main(given.split()) == 0
-    assert len(rows(folder / "verdicts.jsonl")) == 5
