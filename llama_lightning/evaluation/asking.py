@@ -173,21 +173,29 @@ def _verdict(judge: Judge, question: Question, gate: Gate) -> Verdict:
     )
 
 
-def _verdicts(judge: Judge, questions: Sequence[Question], concurrency: int) -> Iterator[Verdict]:
+def _verdicts(
+    judge: Judge, questions: Sequence[Question], file: VerdictFile, concurrency: int
+) -> Iterator[Verdict]:
     """Ask several at a time and yield verdicts as they come.
 
-    The threads are daemons, so that Ctrl-C need not wait for a slow judge.
+    A thread writes its verdict before it asks again: a killed run loses what was on its way, no
+    more. The threads are daemons, so that Ctrl-C need not wait for a slow judge.
     """
     todo: queue.SimpleQueue[Question] = queue.SimpleQueue()
     done: queue.SimpleQueue[Verdict | Exception] = queue.SimpleQueue()
     for question in questions:
         todo.put(question)
-    stop, gate = threading.Event(), Gate(concurrency)
+    gate, writing, stopped = Gate(concurrency), threading.Lock(), threading.Event()
 
     def work() -> None:
-        while not stop.is_set():
+        while True:
             try:
-                done.put(_verdict(judge, todo.get_nowait(), gate))
+                verdict = _verdict(judge, todo.get_nowait(), gate)
+                with writing:
+                    if stopped.is_set():
+                        return
+                    file.append(verdict)
+                done.put(verdict)
             except queue.Empty:
                 return
             except Exception as error:  # raised again by the thread that waits
@@ -203,7 +211,8 @@ def _verdicts(judge: Judge, questions: Sequence[Question], concurrency: int) -> 
                 raise result
             yield result
     finally:
-        stop.set()
+        with writing:
+            stopped.set()
 
 
 def ask_all(
@@ -225,8 +234,7 @@ def ask_all(
     how = f"the verdicts so far are in {file.path}; the same command goes on from there"
     errors, bar = 0, Bar("judge", len(todo))
     try:
-        for count, verdict in enumerate(_verdicts(judge, todo, concurrency), 1):
-            file.append(verdict)
+        for count, verdict in enumerate(_verdicts(judge, todo, file, concurrency), 1):
             errors = errors + 1 if verdict.status == BACKEND_ERROR else 0
             if errors == MAX_ERRORS_IN_A_ROW:
                 raise JudgeError(

@@ -170,7 +170,7 @@ def test_06_prompt_longer_than_the_context(path: Path) -> None:
                         cut[1]["reason"])  # fmt: skip
     # One that only counts what was not in its cache is not taken for such a one.
     long = "a long task " * 300
-    write(path, [record(i, instruction=long, sample=i % 2) for i in (0, 0, 1, 1, 2, 2)])
+    write(path, [record(i, instruction=long) for i in range(6)])
     with FakeOllama() as server:
         server.counts_cached = False
         grade(path, server, output=str(path.parent / "cached"))

@@ -4,7 +4,8 @@ Each test looks at what was asked (the server's record) and at what was left (fi
 """
 
 import json
-import os
+import multiprocessing
+import random
 import re
 import signal
 import subprocess
@@ -20,6 +21,8 @@ import pytest
 
 from llama_lightning.cli import main
 from llama_lightning.evaluation import asking, http_json
+from llama_lightning.evaluation.grading import grade_file
+from llama_lightning.evaluation.judge import JudgeConfig
 from tests.fake_ollama import Brain, FakeOllama, FakeOpenAI, FakeServer, Fault, Words, four
 
 ROOT = Path(__file__).parents[2]
@@ -470,33 +473,51 @@ def test_several_at_a_time(judge: Runner, responses: Path) -> None:
 # Stopped and resumed
 
 
-def test_killed_and_resumed(responses: Path) -> None:
-    write(responses, [record(i) for i in range(12)])
+def grade_slowly(url: str, path: Path) -> None:
+    """What the killed processes run."""
+    grade_file(JudgeConfig(backend="ollama", base_url=url, concurrency=2), path)
+
+
+def test_killed_at_ten_moments_and_resumed(responses: Path) -> None:
+    count, kills = 60, 10
+    write(responses, [record(i) for i in range(count)])
 
     def slow(body: dict[str, Any]) -> Words:
-        time.sleep(0.1)
+        time.sleep(0.05)
         return Words(f"[RESULT] {1 + int(graded_text(body).split()[-1]) % 5}")
 
-    verdicts = responses.parent / "verdicts.jsonl"
-    killed = 0
+    # Children of a process that has imported everything already: each starts within milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    verdicts, moments = responses.parent / "verdicts.jsonl", random.Random(0)
+    kept, grew = b"", 0
     with FakeOllama(slow) as server:
-        command = [sys.executable, "-m", "llama_lightning", "judge", "--judge.backend=ollama"]
-        command += [f"--judge.base_url={server.url}", f"--responses.path={responses}"]
-        for wanted in (3, 7, None):
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-            if wanted is None:
-                assert process.wait(timeout=60) == 0
-                break
-            while not verdicts.exists() or verdicts.read_bytes().count(b"\n") < wanted:
-                assert process.poll() is None
-                time.sleep(0.01)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            killed += 1
-    assert [v["id"] for v in rows(verdicts)] == list(range(12))
-    assert [v["score"] for v in rows(verdicts)] == [1 + i % 5 for i in range(12)]
-    print(f"{killed} kills, {len(server.chats)} requests for 12 responses")
-    assert 12 <= len(server.chats) <= 12 + killed  # what was on its way when it was killed
+        for _ in range(kills):
+            asked = len(server.chats)
+            process = context.Process(target=grade_slowly, args=(server.url, responses))
+            process.start()
+            while len(server.chats) == asked:
+                assert process.is_alive()
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.18))
+            process.kill()
+            process.join()
+            now = verdicts.read_bytes()
+            assert now.startswith(kept)  # nothing is lost
+            grew += now.count(b"\n") > kept.count(b"\n")
+            kept = now[: now.rfind(b"\n") + 1]
+        left = count - kept.count(b"\n")
+        summary = grade_file(JudgeConfig(backend="ollama", base_url=server.url), responses)
+    print(
+        f"{kills} kills, {grew} of them after new verdicts, {left} responses left for the end; "
+        f"{len(server.chats)} requests for {count} responses"
+    )
+    assert summary.graded == count
+    assert grew > 3
+    assert left > 5
+    assert sorted(v["id"] for v in rows(verdicts)) == list(range(count))  # nothing twice
+    assert all(v["score"] == 1 + v["id"] % 5 for v in rows(verdicts))
+    assert count <= len(server.chats) <= count + 2 * kills  # what was on its way
 
 
 @pytest.mark.parametrize("verb", ["judge", "predict"])
@@ -690,6 +711,49 @@ def test_predict_without_a_server_answers_nothing(predict: Callable[..., Run]) -
     assert done.code == BACKEND
     assert "`ollama serve`" in done.error
     assert not (done.folder / FILE).exists()
+
+
+@pytest.fixture
+def unanswered(tmp_path: Path) -> Path:
+    """Prompts, of which one has no reference."""
+    path = tmp_path / "unanswered.json"
+    path.write_text(json.dumps([record(i, output=f"{i}" if i else "") for i in range(5)]))
+    return path
+
+
+def test_predict_that_could_not_be_graded_answers_nothing(
+    predict: Callable[..., Run], unanswered: Path
+) -> None:
+    done = predict("--judge.backend=exact", f"--data.predict_path={unanswered}")
+    assert done.code == USAGE
+    assert "1 of 5 rows have no reference (the first has id 0)" in done.error
+    assert not (done.folder / FILE).exists()
+
+
+def test_predict_into_a_folder_with_verdicts_of_another_judge(
+    predict: Callable[..., Run], responses: Path
+) -> None:
+    grade_file(JudgeConfig(backend="exact"), responses)
+    before = responses.read_bytes()
+    with FakeOllama() as server:
+        keys = ("--judge.backend=ollama", f"--judge.base_url={server.url}")
+        done = predict(*keys, f"--responses.path={responses}")
+    assert done.code == USAGE
+    assert "judge was exact and is ollama llama3.1" in done.error
+    assert responses.read_bytes() == before
+
+
+def test_predict_knows_whose_responses_it_has_graded(
+    predict: Callable[..., Run], tmp_path: Path
+) -> None:
+    done = predict("--judge.backend=exact", f"--responses.path={tmp_path}/else/{FILE}")
+    assert json.loads((tmp_path / "else" / "summary.json").read_text())["graded_model"] == "tiny"
+    assert main(["judge", "--judge.backend=exact", f"--responses.path={tmp_path}/else/{FILE}"]) == 0
+    done = predict(f"--trainer.default_root_dir={tmp_path}/again")
+    folder = tmp_path / "again" / "lightning_logs" / "version_0"
+    assert main(["judge", "--judge.backend=exact", f"--responses.path={folder}/{FILE}"]) == 0
+    assert json.loads((folder / "summary.json").read_text())["graded_model"] == "tiny"
+    assert done.code == 0
 
 
 def test_predict_keeps_its_responses_when_the_judge_dies(
