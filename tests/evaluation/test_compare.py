@@ -39,22 +39,22 @@ def test_needed_pairs_do_show_it() -> None:
     assert seen == pytest.approx(0.8, abs=0.02)
 
 
-def test_the_paired_interval_covers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "RESAMPLES", 1000)  # a tenth, 1,000 times
-    generator = np.random.default_rng(0)
+@pytest.mark.parametrize("size", [100, 400])
+def test_the_paired_interval_covers(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    # Fewer, 2,000 times; all with one seed, so that a tenth would be too few.
+    monkeypatch.setattr(report, "RESAMPLES", 4000)
     chances = np.array([0.07, 0.14, 0.26, 0.38, 0.15])
     moves = np.array([0.15, 0.6, 0.25])  # B's grade is one lower, the same, one higher
     grades = np.arange(1, 6)
     moved = np.clip(grades[:, None] + [-1, 0, 1], 1, 5)
     truth = chances @ (moved @ moves - grades)
-    covered = 0
-    for _ in range(1000):
-        a = generator.choice(5, size=200, p=chances)
-        b = moved[a, generator.choice(3, size=200, p=moves)]
-        low, high = compare_differences((b - grades[a]).tolist()).interval_95
-        covered += low <= truth <= high
-    print(f"95 % intervals of 200 pairs: {covered / 1000:.1%} of 1,000 hold the true difference")
-    assert 0.93 <= covered / 1000 <= 0.97
+    generator = np.random.default_rng(0)
+    a = generator.choice(5, size=(2000, size), p=chances)
+    b = moved[a, generator.choice(3, size=(2000, size), p=moves)]
+    intervals = [compare_differences(row).interval_95 for row in (b - grades[a]).tolist()]
+    covered = np.mean([low <= truth <= high for low, high in intervals])
+    print(f"95 % intervals of {size} pairs: {covered:.1%} of 2,000 hold the true difference")
+    assert 0.93 <= covered <= 0.97
 
 
 def test_by_hand() -> None:
