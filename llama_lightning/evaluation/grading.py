@@ -134,7 +134,10 @@ def grade_file(config: JudgeConfig, path: Path, graded_model: str = "") -> Summa
     write_whole(folder / REPORT, summary.markdown())
     write_whole(folder / PAGE, report_page(summary, graded))
     if summary.kinship:
-        print(f"warning: {summary.kinship}; judges favour their kin")
+        print(
+            f"warning: {summary.kinship} ({judge.name}, {summary.graded_model}); judges favour "
+            "their kin"
+        )
     print(f"{judge.name}: {summary}")
     print(f"verdicts in {file.path}, a page of them in {folder / PAGE}")
     return summary

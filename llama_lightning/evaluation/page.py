@@ -175,7 +175,7 @@ def compare_page(facts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> str
         Column("B", "B", 2, filter=True),
         Column("difference", "B - A", 3, filter=True),
         Column("outcome", "outcome", 4, filter=True, wide=True),
-        *([Column("pairwise", "pairwise", 12, filter=True)] if pairwise else []),
+        *([Column("pairwise", "pairwise", 12, filter=True, wide=True)] if pairwise else []),
         Column("instruction", "instruction", 5),
         Column("response", "B's response", 9, wide=True),
     ]

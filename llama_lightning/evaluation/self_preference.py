@@ -43,8 +43,8 @@ def kinship(judge: str, model: str) -> str:
     if not name or not model:
         return ""
     if _bare(name) == _bare(model):
-        return f"the judge {name} is the base of the graded model {model}"
+        return "the judge is the graded model's own base"
     shared = [family for family in FAMILIES if family in name.lower() and family in model.lower()]
     if shared:
-        return f"the judge {name} and the graded model {model} are of one family, {shared[0]}"
+        return f"judge and graded model are of one family, {shared[0]}"
     return ""

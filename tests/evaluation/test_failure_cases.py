@@ -5,6 +5,7 @@ Real requests to servers on 127.0.0.1, and the real grade_file. A test's number 
 
 import asyncio
 import functools
+import html
 import json
 import re
 import subprocess
@@ -444,24 +445,24 @@ def test_25_judge_is_kin_of_the_graded_model(
     model = "{class_path: LlamaModule, init_args: {base_model: meta-llama/Llama-3.2-1B}}"
     (path.parent / "config.yaml").write_text(f"model: {model}\n")
     for judge, words in [
-        (
-            "llama3.1",
-            "llama3.1 and the graded model meta-llama/Llama-3.2-1B are of one family, lla",
-        ),
-        ("llama3.2:1b", "llama3.2:1b is the base of the graded model meta-llama/Llama-3.2-1B"),
+        ("llama3.1", "judge and graded model are of one family, llama"),
+        ("llama3.2:1b", "the judge is the graded model's own base"),
         ("mistral:7b", ""),
     ]:
         output = path.parent / judge
         with Own() as server:
             grade(path, server, model=judge, output=str(output))
         printed = capsys.readouterr().out
-        assert ("warning: the judge " in printed) == bool(words)
+        assert ("warning: " in printed) == bool(words)
+        if words:
+            assert f"warning: {words} (ollama {judge} " in printed
+            assert ", meta-llama/Llama-3.2-1B); judges favour their kin" in printed
         for name in ("summary.json", "report.md", "report.html"):
-            text = (output / name).read_text()
+            text = html.unescape((output / name).read_text())
             assert words in text
             assert "meta-llama/Llama-3.2-1B" in text
-            assert ("the judge " in text) == bool(words)
-        assert words in printed
+            assert f"ollama {judge} " in text
+            assert ("favour" in text) == (bool(words) and name != "summary.json")
 
 
 def test_all_are_there() -> None:
