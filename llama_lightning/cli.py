@@ -77,78 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             raise UsageError(f"unknown verb {given[0]}; verbs are {', '.join(NAMES)}")
         with _signals_stop():
-            if given[0] == "judge":
-                _judge(given[1:])
-            elif given[0] == "compare":
-                _compare(given[1:])
-            else:
+            if given[0] in LIGHTNING_VERBS:
                 _run(given)
+            else:
+                from llama_lightning import verbs
+
+                getattr(verbs, given[0])(given[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def _judge(arguments: list[str]) -> None:
-    """Grade a file of responses: the same config, of which only two groups are read, and no model.
-
-    Not by LightningCLI, which would take seconds to build a network that nothing here needs.
-    """
-    from pathlib import Path
-
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from llama_lightning.errors import UsageError
-    from llama_lightning.evaluation.grading import grade_file
-    from llama_lightning.evaluation.judge import JudgeConfig
-    from llama_lightning.usage import check_keys, group_arguments, plain_reason
-
-    parser = ArgumentParser(
-        prog="python -m llama_lightning judge",
-        description="Grade a file of responses. Keys of the config that are not here are not read.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-c", "--config", action="append", help="a YAML file")
-    parser.add_argument("--responses.path", help="what predict wrote, or a JSON list of records")
-    parser.add_class_arguments(JudgeConfig, "judge")
-    groups = ("judge", "responses")
-    check_keys(arguments, parser.get_defaults().keys(), groups=groups)
-    try:
-        config = parser.parse_args([*group_arguments(arguments, groups), *arguments])
-    except ArgumentError as error:
-        raise UsageError(plain_reason(str(error))) from error
-    if config.responses.path is None:
-        raise UsageError(
-            "responses.path: not given; name the file that predict wrote, "
-            "e.g. --responses.path lightning_logs/version_1/responses.jsonl"
-        )
-    grade_file(JudgeConfig(**vars(config.judge)), Path(config.responses.path))
-
-
-def _compare(arguments: list[str]) -> None:
-    """Compare two judged runs: no config, no model."""
-    from pathlib import Path
-
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from llama_lightning.errors import UsageError
-    from llama_lightning.evaluation.compare import compare
-
-    parser = ArgumentParser(
-        prog="python -m llama_lightning compare",
-        description="Compare two runs that the same judge has graded, prompt by prompt.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("A", help="a folder with a judged run, or the verdicts.jsonl in it")
-    parser.add_argument("B", help="another, on the same prompts")
-    parser.add_argument("--output", metavar="DIR", help="folder of compare.html; by default B's")
-    try:
-        given = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise UsageError(f"{' '.join(str(error).split())}; use: compare A B") from error
-    compare(Path(given.A), Path(given.B), Path(given.output) if given.output else None)
 
 
 def _run(arguments: list[str]) -> None:

@@ -70,13 +70,14 @@ class Response(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One row of verdicts.jsonl: what a judge says of one response."""
+    """One row of verdicts.jsonl: what a judge says of one response, or of two."""
 
     key: str  # a hash of all that decides the verdict: judge, prompt, parameters, sample
     judge: str
     id: int
     sample: int
     status: str  # "graded", or in one word why there is no score
-    score: int | None  # from 1 to 5
+    score: int | None  # from 1 to 5; of two responses -1, 0 or 1: B's is worse, as good, better
     reason: str  # empty where there is a score
     text: str  # the judge's last reply, as it came
+    first: str = ""  # of two responses: whose was shown first, A or B

@@ -5,6 +5,8 @@ chat's request and returns words, or a Fault.
 """
 
 import json
+import os
+import re
 import socket
 import struct
 import threading
@@ -122,7 +124,26 @@ class FakeServer:
 
 
 class FakeOllama(FakeServer):
-    """Ollama: /api/tags, /api/show, /api/chat."""
+    """Ollama: /api/tags, /api/show, /api/chat.
+
+    Attributes:
+        window: the tokens of a prompt that are read, the rest cut in silence; None: num_ctx.
+        counts_cached: whether it counts the tokens that it found in its cache; older ones do not.
+    """
+
+    window: int | None = None
+    counts_cached = True
+    _cache: tuple[int, str] = (0, "")
+
+    def _read(self, body: dict[str, Any]) -> int:
+        """Count the tokens read: a token a word or mark, as few as a tokenizer can do with."""
+        num_ctx = body["options"]["num_ctx"]
+        prompt = " ".join(message["content"] for message in body["messages"])
+        loaded, before = self._cache
+        cached = len(os.path.commonprefix([before, prompt])) if loaded == num_ctx else 0
+        self._cache = (num_ctx, prompt)
+        tokens = re.findall(r"\w+|[^\w\s]", prompt if self.counts_cached else prompt[cached:])
+        return min(len(tokens), self.window or num_ctx)
 
     def error(self, message: str) -> dict[str, Any]:
         return {"error": message}
@@ -146,7 +167,7 @@ class FakeOllama(FakeServer):
                 "message": {"role": "assistant", "content": words.text},
                 "done": True,
                 "done_reason": "length" if words.cut else "stop",
-                "prompt_eval_count": 400,
+                "prompt_eval_count": self._read(body),
                 "eval_count": 40,
             }
             self.send(handler, answer)

@@ -5,6 +5,7 @@ Run with `pytest -m gpu`.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +82,42 @@ def test_fit_resume_and_predict(tmp_path: Path, optimizer: str, precision: str) 
     assert main(["fit", *arguments, "--trainer.max_steps=4", checkpoint]) == 0
     assert main(["predict", *arguments, checkpoint]) == 0
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_the_model_is_off_the_device_when_the_judge_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_lightning.evaluation import callbacks
+    from llama_lightning.training.llama_module import LlamaModule
+
+    write_small_llama(tmp_path / "base", vocab_size=512)
+    write_byte_tokenizer(tmp_path / "base")
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": "q", "output": "a"}]))
+    torch.cuda.empty_cache()
+    before, seen = torch.cuda.memory_allocated(), {}
+    answer, grade = LlamaModule.answer, callbacks.grade_file
+
+    def answering(self: LlamaModule, *given: Any) -> Any:
+        seen["while it answers"] = torch.cuda.memory_allocated() - before
+        return answer(self, *given)
+
+    def grading(*given: Any) -> Any:
+        seen["when the judge starts"] = torch.cuda.memory_allocated() - before
+        return grade(*given)
+
+    monkeypatch.setattr(LlamaModule, "answer", answering)
+    monkeypatch.setattr(callbacks, "grade_file", grading)
+    keys = {
+        "model.base_model": tmp_path / "base",
+        "data.path": tmp_path / "data.json",
+        "data.predict_path": tmp_path / "data.json",
+        "trainer.accelerator": "cuda",
+        "trainer.devices": 1,
+        "trainer.default_root_dir": tmp_path,
+        "model.generation.max_new_tokens": 4,
+        "judge.backend": "exact",
+    }
+    assert main(["predict", *(f"--{key}={value}" for key, value in keys.items())]) == 0
+    print(f"bytes allocated on the device: {seen}")
+    assert seen["while it answers"] > 100_000
+    assert seen["when the judge starts"] < 10_000

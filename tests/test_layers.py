@@ -1,7 +1,7 @@
 """Imports point only downwards: the layers of the package, as a table and held by a test.
 
-L0 errors, records, the embedded default and the hub; L1 the network and the data; L2 formats on
-disk and evaluation; L3 training; L4 the command line, which sees everything.
+L0 errors, records, the progress bar, the embedded default and the hub; L1 the network and the data;
+L2 formats on disk and evaluation; L3 training; L4 the command line, which sees everything.
 """
 
 import ast
@@ -24,14 +24,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "records": set(),
     "assets": set(),
+    "progress": set(),
     "hub": {"errors", "assets"},
     "model": {"records"},
     "data": {"errors", "records", "assets", "hub"},
     "weights": {"errors", "assets", "model"},
-    "evaluation": {"errors", "records"},
-    "training": {"errors", "records", "hub", "model", "weights"},
+    "evaluation": {"errors", "progress", "records"},
+    "training": {"errors", "progress", "records", "hub", "model", "weights"},
     "usage": EVERYTHING,
     "keys": EVERYTHING,
+    "verbs": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
     "assets tools": EVERYTHING,

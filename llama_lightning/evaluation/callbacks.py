@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from llama_lightning.errors import UsageError
-from llama_lightning.evaluation.grading import grade_file, make_judge
+from llama_lightning.evaluation.grading import check_excluded, grade_file, open_judge
 from llama_lightning.evaluation.judge import JudgeConfig
 from llama_lightning.evaluation.scores import TextScores
 from llama_lightning.records import Generation, Response
@@ -251,16 +251,25 @@ class JudgeCallback(Callback):
         self.config = JudgeConfig(**kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out before the first answer that the judge is not there."""
-        asked = stage == "predict" and self.config.backend != "none"
-        if asked and trainer.world_size == 1:
-            make_judge(self.config).preflight()
+        """Find out before the first answer that it cannot be graded."""
+        if stage != "predict" or self.config.backend == "none":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = [
+            Response(row.id, row.instruction, row.input, row.output, "", 0, "")
+            for row in data.predict_rows
+        ]
+        if trainer.world_size == 1:
+            open_judge(self.config, prompts[: self.config.limit], self._writer(trainer).target)
+
+    def _writer(self, trainer: Trainer) -> ResponseWriter:
+        return next(c for c in trainer.callbacks if isinstance(c, ResponseWriter))  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Grade, or say how; Lightning has just moved the model off the device."""
         if stage != "predict" or self.config.backend == "none" or not trainer.is_global_zero:
             return
-        writer = next(c for c in trainer.callbacks if isinstance(c, ResponseWriter))  # type: ignore[attr-defined]
+        writer = self._writer(trainer)
         if trainer.world_size > 1:
             print(
                 "next: python -m llama_lightning judge --config FILE "
@@ -270,7 +279,7 @@ class JudgeCallback(Callback):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        summary = grade_file(self.config, writer.target)
+        summary = grade_file(self.config, writer.target, str(pl_module.base_model))
         for logger in trainer.loggers:
             logger.log_metrics(summary.metrics(), step=trainer.global_step)
             if isinstance(logger, TensorBoardLogger) and summary.graded:
@@ -279,3 +288,4 @@ class JudgeCallback(Callback):
                 edges = np.arange(0.5, 6)  # a bar a grade
                 logger.experiment.add_histogram("judge/score", scores, trainer.global_step, edges)
             logger.save()
+        check_excluded(self.config, summary)

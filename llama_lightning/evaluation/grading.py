@@ -1,49 +1,27 @@
-"""The grading loop: responses to verdicts, one by one, and on from where a stopped run was.
+"""A file of responses to a judged run: what is asked, and what is left in the folder.
 
-A judge that cannot be reached gives no verdict: the request is repeated, and then the run stops
-with everything kept.
+The same command goes on where a stopped one was; other settings need another folder.
 """
 
 import os
-import queue
-import random
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from llama_lightning.errors import JudgeError, UsageError
-from llama_lightning.evaluation.judge import (
-    Judge,
-    JudgeConfig,
-    Reply,
-    Request,
-    RequestFailed,
-    TooLong,
-)
+from llama_lightning.evaluation.asking import Question, ask_all
+from llama_lightning.evaluation.judge import Judge, JudgeConfig, Request
 from llama_lightning.evaluation.page import report_page
-from llama_lightning.evaluation.parse import GRADED, Parsed, parse_score
+from llama_lightning.evaluation.parse import SCORE_SCHEMA, parse_score
 from llama_lightning.evaluation.prompts import build_prompt
-from llama_lightning.evaluation.report import (
-    REPORT,
-    SUMMARY,
-    Graded,
-    Summary,
-    summarise,
-    write_whole,
-)
+from llama_lightning.evaluation.report import REPORT, SUMMARY, Graded, Summary, summarise
 from llama_lightning.evaluation.responses import read_responses
+from llama_lightning.evaluation.self_preference import model_beside
 from llama_lightning.evaluation.settings import Settings, prompt_version
-from llama_lightning.evaluation.verdicts import BACKEND_ERROR, VERDICTS, VerdictFile
-from llama_lightning.records import Response, Verdict
+from llama_lightning.evaluation.verdicts import VERDICTS, VerdictFile, check_settings, write_whole
+from llama_lightning.records import Response
 
-RETRY_DELAYS_S = (1.0, 2.0, 4.0)
-TRUNCATED, EMPTY_RESPONSE, TOO_LONG = "truncated", "empty_response", "too_long"
-PARSE_RETRIES = 2
-RETRY_TEMPERATURE = 0.7  # at 0 another seed gives the same words
-MAX_ERRORS_IN_A_ROW = 3
-PROGRESS_S = 15.0
+PAGE = "report.html"
+CURE = "set judge.output to another folder"
 
 
 def make_judge(config: JudgeConfig) -> Judge:
@@ -63,7 +41,7 @@ def make_judge(config: JudgeConfig) -> Judge:
     raise UsageError("judge.backend: not given; use exact, ollama or openai")
 
 
-def shows_reference(config: JudgeConfig, responses: list[Response]) -> bool:
+def shows_reference(config: JudgeConfig, responses: Sequence[Response]) -> bool:
     """Choose once for all responses: means with and without a reference do not compare.
 
     Raises:
@@ -80,160 +58,31 @@ def shows_reference(config: JudgeConfig, responses: list[Response]) -> bool:
     return not missing and config.use_reference != "never"
 
 
-class _Item(NamedTuple):
-    key: str
-    request: Request
+def _folder(config: JudgeConfig, path: Path) -> Path:
+    return Path(config.output) if config.output else path.parent
 
 
-def _item(settings: Settings, response: Response) -> _Item:
-    prompt = build_prompt(response, with_reference=settings.with_reference)
-    parameters = (settings.temperature, settings.seed, settings.max_new_tokens)
-    return _Item(settings.key(response), Request(prompt, response, *parameters))
+def _all_settings(settings: Settings, folder: Path, path: Path) -> dict[str, object]:
+    """List what all verdicts in a folder must share: the settings, and whose responses they are."""
+    return {**settings._asdict(), "responses": os.path.relpath(path, folder)}
 
 
-def _ask(judge: Judge, request: Request) -> Reply:
-    """Ask until there is an answer, or no hope for one."""
-    for delay in RETRY_DELAYS_S:
-        try:
-            return judge.reply(request)
-        except RequestFailed as error:
-            if not error.again:
-                raise
-        time.sleep(delay * random.uniform(0.8, 1.2))
-    return judge.reply(request)
-
-
-def _ask_for_all(judge: Judge, request: Request) -> Reply:
-    """Ask, and once more with room for twice the reply if it was cut."""
-    reply = _ask(judge, request)
-    if not reply.truncated:
-        return reply
-    try:
-        return _ask(judge, request._replace(max_new_tokens=2 * request.max_new_tokens))
-    except TooLong:
-        return reply
-
-
-def _grade(judge: Judge, request: Request) -> tuple[Parsed, str]:
-    """Ask until a reply can be read; the last reply comes along."""
-    reply = _ask_for_all(judge, request)
-    for attempt in range(PARSE_RETRIES + 1):
-        if attempt:
-            warmer = max(request.temperature, RETRY_TEMPERATURE)
-            again = request._replace(seed=request.seed + attempt, temperature=warmer)
-            reply = _ask_for_all(judge, again)
-        if reply.truncated:  # its last number may be half a number
-            parsed = Parsed(TRUNCATED, reason="the reply was cut; raise judge.max_new_tokens")
-            break
-        parsed = parse_score(reply.text)
-        if parsed.status == GRADED:
-            break
-    return parsed, reply.text
-
-
-def _verdict(judge: Judge, item: _Item) -> Verdict:
-    """Grade one response, whatever comes of it.
-
-    Raises:
-        RequestFailed: the server itself is at fault.
-        JudgeError: no request can succeed.
-    """
-    response, text = item.request.response, ""
-    try:
-        if response.response.strip():
-            parsed, text = _grade(judge, item.request)
-        else:
-            parsed = Parsed(EMPTY_RESPONSE, reason="nothing to grade")
-    except TooLong as error:
-        parsed = Parsed(TOO_LONG, reason=str(error))
-    except RequestFailed as error:
-        if error.server:
-            raise
-        parsed = Parsed(BACKEND_ERROR, reason=str(error))
-    return Verdict(
-        key=item.key,
-        judge=judge.name,
-        id=response.id,
-        sample=response.sample,
-        status=parsed.status,
-        score=parsed.score,
-        reason=parsed.reason,
-        text=text,
-    )
-
-
-def _verdicts(judge: Judge, items: list[_Item], concurrency: int) -> Iterator[Verdict]:
-    """Grade several at a time and yield verdicts as they come.
-
-    The threads are daemons, so that Ctrl-C need not wait for a slow judge.
-    """
-    todo: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Verdict | Exception] = queue.SimpleQueue()
-    for item in items:
-        todo.put(item)
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                done.put(_verdict(judge, todo.get_nowait()))
-            except queue.Empty:
-                return
-            except Exception as error:  # raised again by the thread that waits
-                done.put(error)
-                return
-
-    for _ in range(min(concurrency, len(items))):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        for _ in items:
-            result = done.get()
-            if isinstance(result, Exception):
-                raise result
-            yield result
-    finally:
-        stop.set()
-
-
-def _append_all(file: VerdictFile, judge: Judge, items: list[_Item], concurrency: int) -> None:
-    """Grade and write; stop where the server has died.
-
-    Raises:
-        JudgeError: the judge cannot be reached any more; says how to go on.
-    """
-    errors, printed = 0, time.monotonic()
-    how = f"the verdicts so far are in {file.path}; the same command goes on from there"
-    try:
-        for count, verdict in enumerate(_verdicts(judge, items, concurrency), 1):
-            file.append(verdict)
-            errors = errors + 1 if verdict.status == BACKEND_ERROR else 0
-            if errors == MAX_ERRORS_IN_A_ROW:
-                raise JudgeError(
-                    f"{judge.name} failed for {errors} responses in a row ({verdict.reason}); {how}"
-                )
-            if time.monotonic() - printed > PROGRESS_S:
-                printed = time.monotonic()
-                print(f"judge {count}/{len(items)}", flush=True)
-    except RequestFailed as error:
-        raise JudgeError(f"{judge.name} does not answer any more: {error}; {how}") from error
-
-
-def grade_file(config: JudgeConfig, path: Path) -> Summary:
-    """Grade a file of responses and leave verdicts.jsonl, summary.json and the report.
+def open_judge(
+    config: JudgeConfig, responses: Sequence[Response], path: Path
+) -> tuple[Judge, Settings]:
+    """Make the judge, and find out all that can be wrong before the first response is there.
 
     Args:
         config: the judge.
-        path: the responses.
+        responses: what is to be graded; their own texts may still be missing.
+        path: the file that they are in, or will be.
 
     Raises:
-        UserError: something is missing, or nothing could be graded.
+        UserError: something is missing, or the folder holds verdicts of other settings.
     """
-    responses = read_responses(path)[: config.limit]
     with_reference = shows_reference(config, responses)
     judge = make_judge(config)
     judge.preflight()
-    folder = Path(config.output) if config.output else path.parent
-    file = VerdictFile(folder / VERDICTS, judge.name)
     settings = Settings(
         judge=judge.name,
         with_reference=with_reference,
@@ -242,27 +91,70 @@ def grade_file(config: JudgeConfig, path: Path) -> Summary:
         max_new_tokens=config.max_new_tokens,
         prompt=prompt_version(),
     )
-    try:
-        items = [_item(settings, response) for response in responses]
-        unique = {item.key: item for item in items}
-        todo = [item for key, item in unique.items() if file.final(key) is None]
-        if len(todo) < len(unique):
-            print(f"{len(unique) - len(todo)} of {len(unique)} verdicts are in {file.path} already")
-        if stale := file.stale(set(unique)):
-            print(f"{stale} verdicts in {file.path} are of other prompts or settings: not counted")
-        _append_all(file, judge, todo, config.concurrency)
-        graded = [Graded(item.request.response, file[item.key]) for item in items]
-    finally:
-        file.close()
-    summary = summarise(graded, settings)
+    folder = _folder(config, path)
+    check_settings(folder / VERDICTS, _all_settings(settings, folder, path), CURE)
+    return judge, settings
+
+
+def _question(settings: Settings, response: Response) -> Question:
+    request = Request(
+        prompt=build_prompt(response, with_reference=settings.with_reference),
+        response=response,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        schema=SCORE_SCHEMA,
+    )
+    return Question(settings.key(response), request, parse_score)
+
+
+def grade_file(config: JudgeConfig, path: Path, graded_model: str = "") -> Summary:
+    """Grade a file of responses and leave verdicts.jsonl, summary.json and the report.
+
+    Args:
+        config: the judge.
+        path: the responses.
+        graded_model: whose they are; by default as predict's config.yaml beside them says.
+
+    Raises:
+        UserError: something is missing, or the judge is not there any more.
+    """
+    responses = read_responses(path)[: config.limit]
+    judge, settings = open_judge(config, responses, path)
+    with_some = sum(bool(response.reference.strip()) for response in responses)
+    if with_some and not settings.with_reference and config.use_reference == "auto":
+        print(f"{len(responses) - with_some} of {len(responses)} have no reference: none is shown")
+    folder = _folder(config, path)
+    questions = [_question(settings, response) for response in responses]
+    with VerdictFile(folder / VERDICTS, _all_settings(settings, folder, path), CURE) as file:
+        ask_all(judge, questions, file, config.concurrency)
+        graded = [Graded(q.request.response, file[q.key]) for q in questions]
+    summary = summarise(graded, settings, graded_model or model_beside(path))
     write_whole(folder / SUMMARY, summary.json(os.path.relpath(path, folder)))
     write_whole(folder / REPORT, summary.markdown())
-    page = folder / "report.html"
-    write_whole(page, report_page(summary, graded))
-    print(f"{judge.name}: {summary}\nverdicts in {file.path}, a page of them in {page}")
-    if not summary.graded:
-        first = graded[0].verdict
-        raise JudgeError(
-            f"no response was graded; the first is {first.status}: {first.reason} (see {file.path})"
+    write_whole(folder / PAGE, report_page(summary, graded))
+    if summary.kinship:
+        print(
+            f"warning: {summary.kinship} ({judge.name}, {summary.graded_model}); judges favour "
+            "their kin"
         )
+    print(f"{judge.name}: {summary}")
+    print(f"verdicts in {file.path}, a page of them in {folder / PAGE}")
     return summary
+
+
+def check_excluded(config: JudgeConfig, summary: Summary) -> None:
+    """Fail where a mean would say little: too many responses have no grade.
+
+    Raises:
+        JudgeError: says how many, and why.
+    """
+    missing = summary.total - summary.graded
+    if summary.graded and missing <= config.max_excluded_fraction * summary.total:
+        return
+    if not summary.graded:
+        raise JudgeError(f"no response was graded: {summary.reasons} (see {REPORT})")
+    raise JudgeError(
+        f"{missing} of {summary.total} responses have no grade ({summary.reasons}), more than "
+        f"judge.max_excluded_fraction {config.max_excluded_fraction:g} allows; {REPORT} is written"
+    )

@@ -3,16 +3,18 @@
 It knows no API. Redirects are not followed, for they would carry the key to another host.
 """
 
+import contextlib
 import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from llama_lightning.evaluation.judge import RequestFailed
+from llama_lightning.evaluation.judge import BUSY, RequestFailed, TimedOut
 
+LOADING_S = 300.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -56,20 +58,41 @@ def call_json(
         message = _message(error)
         if error.code < 500 and error.code != 429:
             raise Refused(error.code, message) from error
-        busy = error.code in (429, 503)
         raise RequestFailed(
-            f"HTTP {error.code}: {message}", status=error.code, server=busy
+            f"HTTP {error.code}: {message}", status=error.code, server=error.code in BUSY
         ) from error
     except TimeoutError as error:
-        raise RequestFailed(f"no answer within {timeout_s:g} s") from error
+        raise TimedOut(f"no answer within {timeout_s:g} s") from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
-            raise RequestFailed(f"no answer within {timeout_s:g} s") from error
+            raise TimedOut(f"no answer within {timeout_s:g} s") from error
         raise RequestFailed(f"no connection ({error.reason})", server=True) from error
     except (OSError, http.client.HTTPException) as error:
         raise RequestFailed(f"the connection broke ({type(error).__name__})") from error
     except ValueError as error:
         raise RequestFailed("the answer is not JSON") from error
+
+
+class ReadLimit:
+    """How long to wait for a reply: longer for the first, as the server may load the model.
+
+    Args:
+        seconds: for all but the first.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._first = seconds, True
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[float]:
+        """Give the seconds for a request; once one has ended, in whatever way, the model is there.
+
+        A server that hangs must not have the longer time again and again.
+        """
+        try:
+            yield self._seconds + (LOADING_S if self._first else 0.0)
+        finally:
+            self._first = False
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -3,12 +3,15 @@
 It knows no prompt, no file and no server. One file each: exact.py, ollama.py, openai.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from llama_lightning.errors import UsageError
 from llama_lightning.evaluation.prompts import JudgePrompt
 from llama_lightning.records import Response
+
+BUSY = (429, 503)  # of HTTP's statuses
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class JudgeConfig:
         concurrency: responses that are graded at the same time.
         read_timeout_s: seconds to wait for one reply; the first may have to load the model.
         limit: grade only the first so many responses; null grades all.
+        max_excluded_fraction: with a larger part of the responses left without a grade, the run
+            fails, once the report is written.
     """
 
     backend: Literal["none", "exact", "ollama", "openai"] = "none"
@@ -43,6 +48,7 @@ class JudgeConfig:
     concurrency: int = 1
     read_timeout_s: float = 300.0
     limit: int | None = None
+    max_excluded_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work.
@@ -54,6 +60,10 @@ class JudgeConfig:
             raise UsageError(f"judge.temperature is {self.temperature}; use 0 or more")
         if not self.read_timeout_s > 0:
             raise UsageError(f"judge.read_timeout_s is {self.read_timeout_s}; use more than 0")
+        if not 0 <= self.max_excluded_fraction <= 1:
+            raise UsageError(
+                f"judge.max_excluded_fraction is {self.max_excluded_fraction}; use 0 to 1"
+            )
         for name in ("max_new_tokens", "concurrency", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -82,6 +92,8 @@ class Request(NamedTuple):
     temperature: float
     seed: int
     max_new_tokens: int
+    schema: Mapping[str, Any]  # of the reply as JSON, for servers that can hold a model to it
+    other: Response | None = None  # the second one, where two are compared
 
 
 class Reply(NamedTuple):
@@ -109,6 +121,15 @@ class RequestFailed(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.again, self.server = status, again, server
+
+    @property
+    def busy(self) -> bool:
+        """The server lives and has too much to do."""
+        return self.status in BUSY
+
+
+class TimedOut(RequestFailed):
+    """No answer within the time allowed."""
 
 
 class Judge(Protocol):

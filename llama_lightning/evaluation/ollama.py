@@ -4,18 +4,24 @@ Its /v1 route would ignore the context length, and cut long prompts in silence.
 Source: docs/api.md of the Ollama repository.
 """
 
+import json
 import os
+import re
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from llama_lightning.errors import JudgeError
-from llama_lightning.evaluation.http_json import Refused, call_json
+from llama_lightning.evaluation.http_json import ReadLimit, Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
 
 PREFLIGHT_S = 4.0
 KEEP_ALIVE = "15m"  # Ollama's 5m may end between two slow replies
 MIN_CONTEXT = 4096
 BYTES_PER_TOKEN = 2  # English has 4; few for other scripts and digits, so that nothing is cut
+RECENT = 16
+ABOUT_SCHEMA = re.compile("format|grammar|schema", re.IGNORECASE)
 
 
 def default_base_url() -> str:
@@ -39,9 +45,11 @@ class OllamaJudge:
     def __init__(self, config: JudgeConfig) -> None:
         self._url = (config.base_url or default_base_url()).rstrip("/")
         self._model = config.model
-        self._read_timeout_s = config.read_timeout_s
+        self._limit = ReadLimit(config.read_timeout_s)
         self._digest = ""
         self._longest = 0  # the model's context in tokens; 0 is unknown
+        self._structured = True  # until the server refuses a schema, or a reply ignores it
+        self._recent: deque[str] = deque(maxlen=RECENT)  # prompts that may be in its cache
 
     @property
     def name(self) -> str:
@@ -85,7 +93,11 @@ class OllamaJudge:
                 self._longest = int(value)
 
     def reply(self, request: Request) -> Reply:
-        """Chat once. See the protocol for what is raised."""
+        """Chat once, and look whether the whole prompt was read.
+
+        Ollama cuts a prompt in silence. It says how many tokens it read, but of a prompt whose
+        beginning is in its cache an older one counts only the rest.
+        """
         needed = tokens_needed(request)
         # Powers of two, as Ollama loads the model again for each new value.
         num_ctx = max(MIN_CONTEXT, 1 << (needed - 1).bit_length())
@@ -93,6 +105,26 @@ class OllamaJudge:
             if needed > self._longest:
                 raise TooLong(f"may need {needed} tokens, and the model takes {self._longest}")
             num_ctx = min(num_ctx, self._longest)
+        cached = max(
+            (len(os.path.commonprefix([p, request.prompt.user])) for p in self._recent), default=0
+        )
+        uncached = len(request.prompt.user[cached:].split())
+        self._recent.append(request.prompt.user)
+        reply, read = self._chat(request, num_ctx)
+        if not _looks_cut(read, uncached, num_ctx):
+            return reply
+        # With another context the model is loaded anew and its cache is empty: now the count tells.
+        more = min(2 * num_ctx, self._longest or 2 * num_ctx)
+        more -= more == num_ctx
+        reply, read = self._chat(request, more)
+        words = sum(len(part.split()) for part in request.prompt)
+        if _looks_cut(read, words, more):
+            raise TooLong(f"the server read {read} tokens of a prompt of {words} words: it was cut")
+        return reply
+
+    def _chat(self, request: Request, num_ctx: int) -> tuple[Reply, int | None]:
+        """Chat once; the number of prompt tokens that were read comes along, if it is told."""
+        structured = self._structured
         body = {
             "model": self._model,
             "messages": [
@@ -108,8 +140,12 @@ class OllamaJudge:
                 "temperature": request.temperature,
             },
         }
+        if structured:
+            body["format"] = request.schema
         try:
-            answer = call_json(f"{self._url}/api/chat", body, timeout_s=self._read_timeout_s)
+            with self._limit.waiting() as seconds:
+                answer = call_json(f"{self._url}/api/chat", body, timeout_s=seconds)
+            reply = _reply(answer)
         except Refused as error:
             if error.status == 404:
                 raise JudgeError(
@@ -117,8 +153,38 @@ class OllamaJudge:
                 ) from error
             if "context" in error.message or "too long" in error.message:
                 raise TooLong(error.message) from error
-            raise RequestFailed(str(error), again=False) from error
-        return _reply(answer)
+            if not structured:
+                raise RequestFailed(str(error), again=False) from error
+        except RequestFailed as error:
+            if not structured or not ABOUT_SCHEMA.search(str(error)):
+                raise
+        else:
+            obeyed = not structured or _has_form(reply.text, request.schema)
+            self._structured = self._structured and obeyed
+            # Held to a form, some models write white space without end.
+            if obeyed or not reply.truncated:
+                return reply, answer.get("prompt_eval_count")
+        self._structured = False
+        return self._chat(request, num_ctx)
+
+
+def _looks_cut(read: int | None, words: int, num_ctx: int) -> bool:
+    """Find signs that not all was read: fewer tokens than words, or a context that is full.
+
+    No token spans two words. Some engines take only half of the context for the prompt.
+    """
+    if read is None:
+        return False
+    half = num_ctx // 2
+    return read < words or read >= num_ctx - 1 or half <= read <= half + 2
+
+
+def _has_form(text: str, schema: Mapping[str, Any]) -> bool:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and all(name in values for name in schema["required"])
 
 
 def _reply(answer: Any) -> Reply:

@@ -7,7 +7,7 @@ Source: the OpenAI API reference, of which only what all of them take is used.
 import os
 
 from llama_lightning.errors import JudgeError, UsageError
-from llama_lightning.evaluation.http_json import Refused, call_json
+from llama_lightning.evaluation.http_json import ReadLimit, Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
 
 PREFLIGHT_S = 4.0
@@ -20,7 +20,7 @@ class OpenAIJudge:
         url = (config.base_url or "").rstrip("/")
         self._url = url if url.endswith("/v1") else f"{url}/v1"
         self._model = config.model
-        self._read_timeout_s = config.read_timeout_s
+        self._limit = ReadLimit(config.read_timeout_s)
         self._key_env = config.api_key_env
         self._headers = {}
         if self._key_env:
@@ -87,12 +87,10 @@ class OpenAIJudge:
             "seed": request.seed,
         }
         try:
-            answer = call_json(
-                f"{self._url}/chat/completions",
-                body,
-                timeout_s=self._read_timeout_s,
-                headers=self._headers,
-            )
+            with self._limit.waiting() as seconds:
+                answer = call_json(
+                    f"{self._url}/chat/completions", body, timeout_s=seconds, headers=self._headers
+                )
         except Refused as error:
             if error.status in (401, 403, 404):
                 raise self._refusal(error) from error

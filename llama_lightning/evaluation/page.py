@@ -12,6 +12,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from llama_lightning.evaluation.charts import histogram, scatter
+from llama_lightning.evaluation.duels import Duel
 from llama_lightning.evaluation.report import Graded, Summary
 from llama_lightning.records import Response
 
@@ -115,6 +116,7 @@ class Pair(NamedTuple):
 
     a: Graded
     b: Graded
+    duel: Duel | None = None  # what a judge of both says
 
     @property
     def difference(self) -> int | None:
@@ -130,9 +132,24 @@ class Pair(NamedTuple):
         return "tie" if self.difference == 0 else "win" if self.difference > 0 else "loss"
 
 
+def _choice(duel: Duel | None) -> str | None:
+    """Say how B fares where a judge saw both."""
+    if duel is None:
+        return None
+    return duel.status or ("loss", "tie", "win")[(duel.score or 0) + 1]
+
+
+def _said(duel: Duel | None) -> tuple[str, str]:
+    """List what a judge of both says, in each order."""
+    if duel is None:
+        return "", ""
+    return duel.a_first.text or duel.a_first.reason, duel.b_first.text or duel.b_first.reason
+
+
 def compare_page(facts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> str:
     """Build compare.html."""
     several = any(pair.a.response.sample for pair in pairs)
+    pairwise = any(pair.duel for pair in pairs)
     rows = [
         [
             row_name(pair.a.response, several=several),
@@ -147,6 +164,8 @@ def compare_page(facts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> str
             pair.b.response.response,
             pair.a.verdict.text or pair.a.verdict.reason,
             pair.b.verdict.text or pair.b.verdict.reason,
+            _choice(pair.duel),
+            *_said(pair.duel),
         ]
         for pair in pairs
     ]
@@ -156,6 +175,7 @@ def compare_page(facts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> str
         Column("B", "B", 2, filter=True),
         Column("difference", "B - A", 3, filter=True),
         Column("outcome", "outcome", 4, filter=True, wide=True),
+        *([Column("pairwise", "pairwise", 12, filter=True, wide=True)] if pairwise else []),
         Column("instruction", "instruction", 5),
         Column("response", "B's response", 9, wide=True),
     ]
@@ -163,6 +183,7 @@ def compare_page(facts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> str
         [Panel("Instruction", 5), Panel("Input", 6), Panel("Reference", 7)],
         [Panel("Response of A", 8), Panel("Response of B", 9)],
         [Panel("Feedback on A", 10), Panel("Feedback on B", 11)],
+        [Panel("Of both, A's shown first", 13), Panel("Of both, B's shown first", 14)],
     ]
     counts = Counter(pair.difference for pair in pairs)
     differences = {value: counts[value] for value in range(-4, 5)}

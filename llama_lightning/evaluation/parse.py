@@ -6,8 +6,17 @@ of prometheus-eval's parser and the ones that judges write besides.
 
 import json
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+# For servers that can hold a model to a form; the feedback comes first, as the score shall follow.
+SCORE_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "feedback": {"type": "string"},
+        "score": {"type": "integer", "enum": [1, 2, 3, 4, 5]},
+    },
+    "required": ["feedback", "score"],
+}
 GRADED, UNPARSED, OUT_OF_RANGE = "graded", "unparsed", "out_of_range"
 
 
@@ -37,7 +46,7 @@ _MORE = re.compile(
     r"[\s*_`)\]\"']*(?:(?:[-–—~/,;&|]|and\b)?[\s*_`(\[\"']*\d|(?:or|to)\b|\+)|-[^\W\d]",
     re.IGNORECASE,
 )
-_END = re.compile(r"(?:</?s>|<\|[^|<>]*\|>|<end_of_turn>|[\s*_`.!)\]}\"'])*")
+END = re.compile(r"(?:</?s>|<\|[^|<>]*\|>|<end_of_turn>|[\s*_`.!)\]}\"'])*")
 
 
 def _read(match: re.Match[str], rest: str) -> Parsed:
@@ -55,8 +64,8 @@ def _read(match: re.Match[str], rest: str) -> Parsed:
     return Parsed(GRADED, int(number))
 
 
-def _from_json(text: str) -> Parsed | None:
-    """Read {"score": 4}, fenced or not."""
+def bare_json(text: str) -> dict[str, Any] | None:
+    """Read a reply that is one JSON object, fenced or not."""
     bare = re.sub(r"^```\w*\s*|\s*```$", "", text.strip())
     if not bare.startswith("{"):
         return None
@@ -64,7 +73,13 @@ def _from_json(text: str) -> Parsed | None:
         values = json.loads(bare)
     except (ValueError, RecursionError):
         return None
-    if "score" not in values:
+    return dict(values)
+
+
+def _from_json(text: str) -> Parsed | None:
+    """Read {"score": 4}."""
+    values = bare_json(text)
+    if values is None or "score" not in values:
         return None
     match = re.fullmatch(_NUMBER, str(values["score"]))
     if match is None or isinstance(values["score"], bool):
@@ -80,7 +95,7 @@ def _from_words(text: str) -> Parsed | None:
     last = found[-1]
     stated = {m["number"] for m in found if m["colon"] or m["colon2"]} | {last["number"]}
     rest = text[last.end() :]
-    if not _END.fullmatch(rest) and not _MORE.match(rest):
+    if not END.fullmatch(rest) and not _MORE.match(rest):
         return None
     if len(stated) > 1:
         return Parsed(UNPARSED, reason=f"several scores: {', '.join(sorted(stated))}")

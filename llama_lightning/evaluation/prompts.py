@@ -49,15 +49,25 @@ def neutralise(text: str) -> str:
     return _SPECIAL.sub(r"\g<0> ", text)
 
 
+def quote(tag: str, text: str, attributes: str = "") -> str:
+    """Put a text between tags of which it cannot free itself."""
+    return f"<{tag}{attributes}>\n{neutralise(text)}\n</{tag}>"
+
+
+def quoted_task(response: Response, *, with_reference: bool) -> list[str]:
+    """Quote what a response answers."""
+    parts = [quote("task_instruction", response.instruction)]
+    if response.input:
+        parts.append(quote("task_input", response.input))
+    if with_reference:
+        parts.append(quote("reference_answer", response.reference))
+    return parts
+
+
 def build_prompt(response: Response, *, with_reference: bool) -> JudgePrompt:
     """Ask for the grade of one response."""
-    quoted = {"task_instruction": response.instruction}
-    if response.input:
-        quoted["task_input"] = response.input
-    if with_reference:
-        quoted["reference_answer"] = response.reference
-    quoted["graded_response"] = response.response
-    parts = [f"<{tag}>\n{neutralise(text)}\n</{tag}>" for tag, text in quoted.items()]
+    parts = quoted_task(response, with_reference=with_reference)
+    parts.append(quote("graded_response", response.response))
     if with_reference:
         parts.append(REFERENCE_NOTE)
     user = JUDGE_SFT_PROMPT.user.format(task="\n".join(parts), rubric=RUBRIC)

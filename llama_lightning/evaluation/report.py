@@ -7,11 +7,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama_lightning.evaluation.self_preference import kinship
 from llama_lightning.evaluation.settings import Settings
 from llama_lightning.records import Response, Verdict
 
@@ -74,6 +74,9 @@ class Summary(NamedTuple):
     mean_if_excluded_were_1: float
     mean_if_excluded_were_5: float
     length_correlation: float | None  # Spearman, of score and characters of the response
+    unique: int  # verdicts; equal responses to equal prompts share one
+    graded_model: str  # empty where it is not known
+    kinship: str  # a caution, where the judge is the graded model's kin
 
     def metrics(self) -> dict[str, float]:
         """Name the figures for a logger."""
@@ -86,12 +89,18 @@ class Summary(NamedTuple):
     def facts(self) -> list[tuple[str, str]]:
         """List what a report says, as names and values."""
         settings, excluded = self.settings, self.total - self.graded
-        facts = [
-            ("judge", settings.judge),
+        facts = [("judge", settings.judge)]
+        if self.graded_model:
+            facts += [("graded model", self.graded_model)]
+        if self.kinship:
+            facts += [("caution", f"{self.kinship}; judges favour their kin")]
+        facts += [
             ("reference answers shown to it", "yes" if settings.with_reference else "no"),
             ("graded", f"{self.graded} of {self.total}"),
             ("mean, 95 % interval", self.interval),
         ]
+        if self.unique < self.total:
+            facts += [("different ones, each graded once", f"{self.unique}")]
         if excluded:
             if_one, if_five = self.mean_if_excluded_were_1, self.mean_if_excluded_were_5
             facts += [
@@ -134,6 +143,9 @@ class Summary(NamedTuple):
         most = max(self.histogram.values()) or 1
         for level, count in self.histogram.items():
             lines.append(f"| {level} | {count} | {'█' * math.ceil(BAR * count / most)} |")
+        if self.excluded:
+            lines += ["", "| left out | responses |", "|---|---|"]
+            lines += [f"| {status} | {count} |" for status, count in self.excluded.items()]
         lines += ["", "Every response with its feedback: [report.html](report.html)"]
         return "\n".join(lines) + "\n"
 
@@ -142,14 +154,7 @@ class Summary(NamedTuple):
         return f"{self.interval}, n={self.graded} of {self.total}{reasons}"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def summarise(graded: Sequence[Graded], settings: Settings) -> Summary:
+def summarise(graded: Sequence[Graded], settings: Settings, graded_model: str = "") -> Summary:
     """Add up the verdicts, one a response."""
     scored = [(len(r.response), v.score) for r, v in graded if v.score is not None]
     scores = [score for _, score in scored]
@@ -173,4 +178,7 @@ def summarise(graded: Sequence[Graded], settings: Settings) -> Summary:
         mean_if_excluded_were_1=(sum(scores) + missing) / total,
         mean_if_excluded_were_5=(sum(scores) + 5 * missing) / total,
         length_correlation=rank_correlation([length for length, _ in scored], scores),
+        unique=len({verdict.key for _, verdict in graded}),
+        graded_model=graded_model,
+        kinship=kinship(settings.judge, graded_model),
     )

@@ -13,13 +13,14 @@ from llama_lightning.records import Response
 _PROBE = Response(0, "instruction", "input", "reference", "response", 0, "")
 
 
-def _hash(values: list[object]) -> str:
+def hash_of(values: list[object]) -> str:
+    """Name a list of values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def prompt_version() -> str:
     """Name the words of the prompt and the rubric: others have another name."""
-    return _hash([*build_prompt(_PROBE, with_reference=True)])[:12]
+    return hash_of([*build_prompt(_PROBE, with_reference=True)])[:12]
 
 
 class Settings(NamedTuple):
@@ -36,4 +37,4 @@ class Settings(NamedTuple):
         """Name the verdict on a response under these settings."""
         prompt = build_prompt(response, with_reference=self.with_reference)
         parameters = (self.temperature, self.seed, self.max_new_tokens)
-        return _hash([self.judge, *prompt, *parameters, response.sample])
+        return hash_of([self.judge, *prompt, *parameters, response.sample])

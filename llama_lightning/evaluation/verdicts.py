@@ -1,19 +1,27 @@
 """verdicts.jsonl: a row the moment it is known, safe on disk, found again by its key.
 
 A row is final unless the judge could not be reached for it. Nothing is ever rewritten; of rows with
-one key the last holds.
+one key the last holds. A file beside it says under which settings all of them were made.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from llama_lightning.errors import JudgeError, UsageError
 from llama_lightning.records import Verdict
 
 VERDICTS = "verdicts.jsonl"
 BACKEND_ERROR = "backend_error"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _parse(path: Path, lines: list[bytes]) -> Iterator[Verdict]:
@@ -26,6 +34,11 @@ def _parse(path: Path, lines: list[bytes]) -> Iterator[Verdict]:
             ) from error
 
 
+def _whole_lines(path: Path) -> list[bytes]:
+    """Split at the line ends; what is behind the last one was being written when it was killed."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
 def read_verdicts(path: Path) -> dict[str, Verdict]:
     """Read the verdicts by their keys.
 
@@ -33,43 +46,73 @@ def read_verdicts(path: Path) -> dict[str, Verdict]:
         JudgeError: no such file, or a row that is not a verdict.
     """
     try:
-        *lines, _ = path.read_bytes().split(b"\n")
+        lines = _whole_lines(path)
     except OSError as error:
         raise JudgeError(f"{path}: {error.strerror}; `judge` writes it") from error
     return {row.key: row for row in _parse(path, lines)}
 
 
+def settings_path(path: Path) -> Path:
+    """Name the file that says how the verdicts in another were made."""
+    return path.with_suffix(".settings.json")
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], cure: str) -> None:
+    """Refuse to mix verdicts that were made differently.
+
+    Args:
+        path: the verdicts, if there are any yet.
+        settings: what decides a verdict besides the texts, and where these are.
+        cure: what to do.
+
+    Raises:
+        UsageError: names the first setting that differs.
+        JudgeError: a row that is not a verdict.
+    """
+    lines = _whole_lines(path) if path.is_file() else []
+    if not lines:
+        return
+    try:
+        before = json.loads(settings_path(path).read_text(encoding="utf-8"))
+        before = {name: before[name] for name in settings}
+    except (OSError, ValueError, KeyError, TypeError):
+        # Lost, or of a version that had none: the judge stands in each row.
+        before = {**settings, "judge": next(_parse(path, lines[:1])).judge}
+    for name, value in settings.items():
+        if before[name] != value:
+            raise UsageError(
+                f"{path} holds verdicts of other settings: {name} was {before[name]} and is "
+                f"{value}; {cure}"
+            )
+
+
 class VerdictFile:
-    """The verdicts of one judge.
+    """The verdicts of one judge under one set of settings.
 
     Args:
         path: the file; made with its folder if it is not there.
-        judge: the judge's full name.
+        settings: as in `check_settings`.
+        cure: likewise.
 
     Raises:
-        UsageError: the file holds another judge's verdicts, or cannot be written.
+        UsageError: the file holds verdicts of other settings, or cannot be written.
         JudgeError: a row that is not a verdict.
     """
 
-    def __init__(self, path: Path, judge: str) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], cure: str) -> None:
         self.path = path
+        check_settings(path, settings, cure)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(settings_path(path), json.dumps(settings, indent=2) + "\n")
             self._file = path.open("a+b")
         except OSError as error:
-            raise UsageError(f"judge.output: {path} cannot be written ({error})") from error
+            raise UsageError(f"{path} cannot be written ({error.strerror}); {cure}") from error
         self._file.seek(0)
         *lines, half = self._file.read().split(b"\n")
         if half:  # the process was killed inside a write
             self._file.truncate(self._file.tell() - len(half))
-        self._rows: dict[str, Verdict] = {}
-        for row in _parse(path, lines):
-            if row.judge != judge:
-                raise UsageError(
-                    f"{path} holds verdicts of {row.judge}, and the judge is {judge}; set "
-                    "judge.output to another folder"
-                )
-            self._rows[row.key] = row
+        self._rows = {row.key: row for row in _parse(path, lines)}
 
     def final(self, key: str) -> Verdict | None:
         """Find the verdict that need not be asked for again."""
@@ -81,7 +124,10 @@ class VerdictFile:
 
     def append(self, verdict: Verdict) -> None:
         """Write a verdict; when this returns, it is on the disk."""
-        line = json.dumps(verdict._asdict(), ensure_ascii=False) + "\n"
+        fields = verdict._asdict()
+        if not verdict.first:
+            del fields["first"]
+        line = json.dumps(fields, ensure_ascii=False) + "\n"
         # A judge may write half a surrogate pair; its escape is JSON too.
         self._file.write(line.encode(errors="backslashreplace"))
         self._file.flush()
@@ -92,6 +138,8 @@ class VerdictFile:
         """Count the rows that none of these keys asks for."""
         return len(self._rows.keys() - keys)
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> "VerdictFile":
+        return self
+
+    def __exit__(self, *args: object) -> None:
         self._file.close()

@@ -1,22 +1,11 @@
-"""How far a run is: one bar over all optimizer steps, or plain lines where nobody can see a bar."""
+"""How far a run is: one bar over all optimizer steps."""
 
-import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-PLAIN_LINE_SECONDS = 15.0
+from llama_lightning.progress import Bar
 
 
 class RunProgress(ProgressBar):
@@ -27,12 +16,9 @@ class RunProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._console = Console()
         self._enabled = True
-        self._bar: Progress | None = None
-        self._total = 0
-        self._said = self._done = 0  # steps at the last plain line, and now
-        self._printed = 0.0
+        self._bar: Bar | None = None
+        self._done = 0  # batches, where no step counts them
 
     def disable(self) -> None:
         """Say nothing; Lightning calls this on all ranks but the first."""
@@ -43,40 +29,12 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def _start(self, what: str, total: int, done: int = 0) -> None:
-        self._what, self._total, self._said, self._done = what, total, done, done
-        self._printed = time.monotonic()
-        if not self._enabled or not self._console.is_terminal:
-            return
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            console=self._console,
-            refresh_per_second=4,
-        )
-        self._task = self._bar.add_task(what, total=total, completed=done, metrics="")
-        self._bar.start()
+        self._done = done
+        self._bar = Bar(what, total, done) if self._enabled else None
 
     def _update(self, done: int, metrics: str) -> None:
-        if not self._enabled:
-            return
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, metrics=metrics)
-            return
-        now = time.monotonic()
-        if now - self._printed < PLAIN_LINE_SECONDS and done < self._total:
-            return
-        # By the pace since the line before: an average of the whole run would remember every pause.
-        left = (now - self._printed) / max(1, done - self._said) * (self._total - done)
-        self._printed, self._said = now, done
-        minutes, seconds = divmod(round(left), 60)
-        parts = (f"{self._what} {done}/{self._total}", metrics, f"{minutes}:{seconds:02d} left")
-        print("  ".join(part for part in parts if part), flush=True)
+            self._bar.update(done, metrics)
 
     def _stop(self) -> None:
         if self._bar is not None:

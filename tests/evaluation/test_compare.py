@@ -1,6 +1,7 @@
 """Two judged runs: figures by hand and by simulation, and what refuses to be compared."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from llama_lightning.cli import main
-from llama_lightning.evaluation import report
-from llama_lightning.evaluation.compare import compare_differences, needed_pairs
+from llama_lightning.evaluation import asking, report
+from llama_lightning.evaluation.comparison import compare_differences, needed_pairs
+from tests.fake_ollama import FakeOllama, Fault, Words
 
 ROOT = Path(__file__).parents[2]
 USAGE, FILES = 2, 3
@@ -37,22 +39,22 @@ def test_needed_pairs_do_show_it() -> None:
     assert seen == pytest.approx(0.8, abs=0.02)
 
 
-def test_the_paired_interval_covers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "RESAMPLES", 1000)  # a tenth, 1,000 times
-    generator = np.random.default_rng(0)
+@pytest.mark.parametrize("size", [100, 400])
+def test_the_paired_interval_covers(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    # Fewer, 2,000 times; all with one seed, so that a tenth would be too few.
+    monkeypatch.setattr(report, "RESAMPLES", 4000)
     chances = np.array([0.07, 0.14, 0.26, 0.38, 0.15])
     moves = np.array([0.15, 0.6, 0.25])  # B's grade is one lower, the same, one higher
     grades = np.arange(1, 6)
     moved = np.clip(grades[:, None] + [-1, 0, 1], 1, 5)
     truth = chances @ (moved @ moves - grades)
-    covered = 0
-    for _ in range(1000):
-        a = generator.choice(5, size=200, p=chances)
-        b = moved[a, generator.choice(3, size=200, p=moves)]
-        low, high = compare_differences((b - grades[a]).tolist()).interval_95
-        covered += low <= truth <= high
-    print(f"95 % intervals of 200 pairs: {covered / 1000:.1%} of 1,000 hold the true difference")
-    assert 0.93 <= covered / 1000 <= 0.97
+    generator = np.random.default_rng(0)
+    a = generator.choice(5, size=(2000, size), p=chances)
+    b = moved[a, generator.choice(3, size=(2000, size), p=moves)]
+    intervals = [compare_differences(row).interval_95 for row in (b - grades[a]).tolist()]
+    covered = np.mean([low <= truth <= high for low, high in intervals])
+    print(f"95 % intervals of {size} pairs: {covered:.1%} of 2,000 hold the true difference")
+    assert 0.93 <= covered <= 0.97
 
 
 def test_by_hand() -> None:
@@ -163,7 +165,7 @@ def test_samples_of_one_prompt_are_one_pair(say: Say, judged: Callable[..., None
     judged("a", several)
     for row in several:
         row["response"] = ["one two three", "one", " "][row["sample"]]
-    judged("b", several[:-1])
+    judged("b", several[:-1], "--judge.max_excluded_fraction=0.4")
     code, said = say("compare", "a", "b")
     assert code == 0
     # Of three samples one is as good, one is 2 lower (ROUGE-L is a half), one has no grade.
@@ -248,11 +250,17 @@ def test_nothing_in_common(say: Say, judged: Callable[..., None]) -> None:
     assert (code, "nowhere/summary.json" in said) == (FILES, True)
 
 
-@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["a", "b", "--ouput=x"]])
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"]])
 def test_usage(say: Say, arguments: list[str]) -> None:
     code, said = say("compare", *arguments)
     assert code == USAGE
     assert said.endswith("use: compare A B\n")
+
+
+def test_a_misspelt_key(say: Say) -> None:
+    code, said = say("compare", "a", "b", "--ouput=x")
+    assert code == USAGE
+    assert "unknown key ouput in the command line; did you mean output?" in said
 
 
 def test_an_output_that_cannot_be_written(say: Say, judged: Callable[..., None]) -> None:
@@ -283,3 +291,104 @@ def test_predict_twice_and_compare(say: Say, monkeypatch: pytest.MonkeyPatch) ->
         assert Path(folder, "report.html").is_file()
     assert main(["compare", "a", "b"]) == 0
     assert Path("b/compare.html").is_file()
+
+
+# Both responses before one judge
+
+
+def mixed(number: int) -> list[dict[str, Any]]:
+    """B's rows for `rows`, where A's are "one two": better, worse and equal by turns."""
+    said = ["one two three", "one", "one two"]
+    return [{**row, "response": said[row["id"] % 3]} for row in rows(number)]
+
+
+@pytest.fixture
+def two_runs(judged: Callable[..., None]) -> None:
+    judged("a", rows(30, response="one two"))
+    judged("b", mixed(30))
+
+
+def shown(body: dict[str, Any]) -> list[str]:
+    """The two responses of a request, in their order."""
+    user = body["messages"][1]["content"]
+    return re.findall(r'<graded_response letter="[AB]">\n(.*)\n</graded_response>', user)
+
+
+def longer_wins(body: dict[str, Any]) -> Words:
+    one, other = map(len, shown(body))
+    return Words(f"By length. [RESULT] {'A' if one > other else 'B'}")
+
+
+def first_wins(body: dict[str, Any]) -> Words:
+    return Words("The first. [RESULT] A")
+
+
+def test_pairwise_without_a_server(say: Say, two_runs: None) -> None:
+    code, said = say("compare", "a", "b", "--judge.backend=exact")
+    print(said)
+    assert code == 0
+    assert "pairwise, B - A: +0.00 [" in said
+    assert "n=30 pairs, 10 wins 10 ties 10 losses: not settled" in said
+    assert "both orders agree on 20 of 20 pairs (100%)" in said
+    assert len(Path("b/pairwise.jsonl").read_text().splitlines()) == 40
+    code, said = say("compare", "a", "b", "--judge.backend=exact")
+    assert "40 of 40 verdicts are in b/pairwise.jsonl already" in said
+
+
+def test_pairwise_in_both_orders(say: Say, two_runs: None) -> None:
+    with FakeOllama(longer_wins) as server:
+        keys = ("--judge.backend=ollama", f"--judge.base_url={server.url}", "--output=c")
+        code, said = say("compare", "a", "b", *keys)
+        print(said)
+        assert code == 0
+        assert len(server.chats) == 2 * 20  # equal words are a tie, and nobody is asked
+        assert shown(server.chats[0]) == shown(server.chats[1])[::-1]
+        assert server.chats[0]["format"]["properties"]["result"]["enum"] == ["A", "B"]
+        assert "n=30 pairs, 10 wins 10 ties 10 losses" in said
+        assert "both orders agree on 20 of 20 pairs (100%)" in said
+        rows_ = [json.loads(line) for line in Path("c/pairwise.jsonl").read_text().splitlines()]
+        assert {(row["id"], row["first"], row["score"]) for row in rows_} == {
+            (i, first, 1 if i % 3 == 0 else -1) for i in range(30) if i % 3 < 2 for first in "AB"
+        }
+        code, said = say("compare", "b", "a", *keys)
+        assert code == USAGE
+        assert "runs was ['../a', '../b'] and is ['../b', '../a']; name another folder" in said
+
+
+def test_a_place_is_no_win(say: Say, two_runs: None) -> None:
+    with FakeOllama(first_wins) as server:
+        keys = ("--judge.backend=ollama", f"--judge.base_url={server.url}")
+        code, said = say("compare", "a", "b", *keys)
+    assert code == 0
+    assert "pairwise, B - A: +0.00 [+0.00, +0.00], n=30 pairs, 0 wins 30 ties 0 losses" in said
+    assert "both orders agree on 0 of 20 pairs (0%)" in said
+
+
+def test_pairwise_goes_on(say: Say, two_runs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "RETRY_DELAYS_S", (0.01,))
+
+    def dies(body: dict[str, Any]) -> Words | Fault:
+        return Fault(0) if len(server.chats) > 15 else longer_wins(body)
+
+    with FakeOllama(dies) as server:
+        keys = ("--judge.backend=ollama", f"--judge.base_url={server.url}")
+        code, said = say("compare", "a", "b", *keys)
+        assert code == FILES
+        assert "the same command goes on from there" in said
+        server.brain, before = longer_wins, len(server.chats)
+        code, said = say("compare", "a", "b", *keys)
+        assert code == 0
+        print(f"{before} requests, then {len(server.chats) - before} for the rest of 40 verdicts")
+        # The request that was on its way when the first run gave up may come again.
+        assert len(server.chats) - before in (40 - 15, 40 - 15 + 1)
+    assert "both orders agree on 20 of 20 pairs" in said
+
+
+def test_pairs_without_a_choice(say: Say, judged: Callable[..., None]) -> None:
+    judged("a", rows(3, response="one"))
+    judged("b", [{**row, "response": f"two {row['id']}"} for row in rows(3)])
+    with FakeOllama(lambda body: Words("Both are fine.")) as server:
+        keys = ("--judge.backend=ollama", f"--judge.base_url={server.url}")
+        code, said = say("compare", "a", "b", *keys)
+    assert code == FILES
+    assert "the judge chose between no pair: 3 unparsed" in said
