@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from llama_lightning.errors import CheckpointError, UsageError, UserError
+from llama_lightning.errors import CheckpointError, UsageError, UserError, WeightsError
 from llama_lightning.hub import resolve_base
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.generate import generate
@@ -146,6 +146,8 @@ class LlamaModule(LightningModule):
         try:
             inject_lora(model, self.lora, dtype=dtype)
         except ValueError as error:
+            if self.adapter is not None:
+                raise WeightsError(f"model.adapter {self.adapter}: {error}") from error
             raise UsageError(f"model.{error}") from error
 
     def configure_optimizers(self) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from llama_lightning.errors import WeightsError
 from llama_lightning.model.llama import Llama
@@ -22,6 +23,7 @@ from llama_lightning.weights.assembly import check_values, first_of
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+HEAD = "lm_head.base_layer.weight"  # PEFT writes a copy of the base's head beside its update
 
 # Every other key has to be null, false or empty: it would change what the adapter computes.
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "peft_type"}
@@ -65,7 +67,7 @@ def _config(raw: dict[str, Any], adapted: set[str]) -> LoRAConfig:
         adapted: last names of the layers that the adapter has tensors of.
 
     Raises:
-        ValueError: a missing key, or a setting that our LoRA does not have.
+        ValueError: a number missing, or a setting that our LoRA does not have.
     """
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {raw.get('peft_type')!r}, not 'LORA'")
@@ -79,15 +81,14 @@ def _config(raw: dict[str, Any], adapted: set[str]) -> LoRAConfig:
     linears = [name for name in [*LLAMA_LINEARS, "lm_head"] if name in adapted]
     if not linears:
         raise ValueError(f"target_modules={targets!r} names no linear layer of a Llama")
-    try:
-        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
-        if raw.get("use_rslora"):
-            alpha *= math.sqrt(rank)  # its scale is alpha / sqrt(rank), ours alpha / rank
-        if rank < 1:
-            raise ValueError(f"r={rank} is not a rank")
-        return LoRAConfig(rank, alpha, float(raw.get("lora_dropout", 0.0)), linears)
-    except KeyError as error:
-        raise ValueError(f"the key {error} is missing") from error
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"r={rank!r} is not a rank")
+    if not isinstance(alpha, (int, float)):
+        raise ValueError(f"lora_alpha={alpha!r} is not a number")
+    if raw.get("use_rslora"):
+        alpha *= math.sqrt(rank)  # its scale is alpha / sqrt(rank), ours alpha / rank
+    return LoRAConfig(rank, float(alpha), float(raw.get("lora_dropout") or 0.0), linears)
 
 
 def read_peft_config(folder: Path) -> LoRAConfig:
@@ -140,6 +141,12 @@ def agreed_lora(given: LoRAConfig, folder: Path) -> LoRAConfig:
     return given
 
 
+def _parameters(model: Llama) -> dict[str, nn.Parameter]:
+    """List what an adapter may hold, by PEFT's names."""
+    named = model.named_parameters()
+    return {PREFIX + name: p for name, p in named if ".lora_" in name or name == HEAD}
+
+
 def check_peft(model: Llama, folder: Path) -> None:
     """Hold names and shapes of an adapter's tensors against a network, reading none of them.
 
@@ -150,21 +157,16 @@ def check_peft(model: Llama, folder: Path) -> None:
     Raises:
         WeightsError: a tensor missing, too many or misshapen.
     """
-    path, there = _weights_file(folder), _shapes(folder)
-    here = {
-        PREFIX + name: list(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name
-    }
+    path, there, here = _weights_file(folder), _shapes(folder), _parameters(model)
     if extra := sorted(there.keys() - here.keys()):
         raise WeightsError(f"{path}: not part of this model's LoRA: {first_of(extra)}")
-    if missing := sorted(here.keys() - there.keys()):
+    if missing := sorted(here.keys() - there.keys() - {PREFIX + HEAD}):
         raise WeightsError(f"{path}: tensors are missing: {first_of(missing)}")
-    for name, shape in here.items():
-        if there[name] != shape:
+    for name, shape in there.items():
+        if shape != list(here[name].shape):
             raise WeightsError(
-                f"{path}: {name} has shape {tuple(there[name])}, {CONFIG_FILE} and the base model "
-                f"mean {tuple(shape)}"
+                f"{path}: {name} has shape {tuple(shape)}, {CONFIG_FILE} and the base model mean "
+                f"{tuple(here[name].shape)}"
             )
 
 
@@ -173,15 +175,19 @@ def load_peft(model: Llama, folder: Path) -> None:
     """Put an adapter's tensors into a network's LoRA, in its type.
 
     Raises:
-        WeightsError: see `check_peft`; or values that are quantised or not finite.
+        WeightsError: see `check_peft`; or values that are quantised or not finite; or a head that
+            is not the base model's.
     """
     check_peft(model, folder)
-    path, parameters = _weights_file(folder), dict(model.named_parameters())
+    path, here = _weights_file(folder), _parameters(model)
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            tensor = file.get_tensor(name)
+            tensor, parameter = file.get_tensor(name), here[name]
             check_values(f"{path}: {name}", tensor)
-            parameters[name.removeprefix(PREFIX)].copy_(tensor)
+            if name != PREFIX + HEAD:
+                parameter.copy_(tensor)
+            elif not torch.equal(tensor.to(parameter.dtype), parameter):
+                raise WeightsError(f"{path}: {name} is not the head of this base model")
 
 
 def save_peft(model: Llama, lora: LoRAConfig, folder: Path, *, base_model: str) -> None:
