@@ -156,7 +156,7 @@ def read_config(folder: Path) -> LlamaConfig:
     pieces = _pieces(weight_files(folder))
     try:
         return _config(json.loads(path.read_text(encoding="utf-8")), pieces)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: {error}") from error
 
 

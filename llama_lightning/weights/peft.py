@@ -137,7 +137,7 @@ def agreed_lora(given: LoRAConfig, folder: Path) -> LoRAConfig:
             f"model.lora.{name} is {pairs[name][0]}, the adapter {folder} has {pairs[name][1]}"
             for name in differing
         )
-        raise WeightsError(f"{shown}. With model.lora.rank 0 all of it is the adapter's")
+        raise WeightsError(f"{shown}. Set model.lora.rank to 0 to take all of it from the adapter")
     return given
 
 
