@@ -399,7 +399,7 @@ def _pickled(folder: Path) -> None:
     (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
 
 
-DAMAGED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+DAMAGED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "tensor missing": (_edit(lambda t: t.pop(A_Q)), ["missing", A_Q]),
     "layers missing": (_edit(_only_first_layer), ["missing", ".layers.1.", "11 more"]),
     "tensor too many": (_edit(_embedding), ["not part of", "embed_tokens.weight"]),
@@ -412,8 +412,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "file cut": (_cut, [WEIGHTS_FILE, "damaged or cut", "bytes"]),
     "only a pickle": (_pickled, ["has no adapter_model.safetensors", "adapter_model.bin"]),
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), ["has no adapter_config.json"]),
-    "no json": (lambda f: (f / CONFIG_FILE).write_text("{") and None, [CONFIG_FILE, "line 1"]),
-    "a list": (lambda f: (f / CONFIG_FILE).write_text("[]") and None, [CONFIG_FILE]),
+    "no json": (lambda f: (f / CONFIG_FILE).write_text("{"), [CONFIG_FILE, "line 1"]),
+    "a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), [CONFIG_FILE]),
 }
 
 
