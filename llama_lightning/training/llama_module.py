@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from llama_lightning.errors import CheckpointError, UsageError, UserError
+from llama_lightning.errors import CheckpointError, UsageError, UserError, WeightsError
 from llama_lightning.hub import resolve_base
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.generate import generate
@@ -33,16 +33,19 @@ from llama_lightning.training.optim import (
     total_norm,
 )
 from llama_lightning.training.provenance import check_arguments, check_tensors, fingerprint
-from llama_lightning.weights.huggingface import load_huggingface, read_config, weight_files
+from llama_lightning.weights.base import check_files, load_base, read_config
+from llama_lightning.weights.peft import agreed_lora, check_peft, load_peft
 
 
 class LlamaModule(LightningModule):
     """A Llama to fine-tune, with LoRA or in full.
 
     Args:
-        base_model: `tiny` (embedded), a Hugging Face folder, or a hub name.
+        base_model: `tiny` (embedded), a folder in Hugging Face's or Meta's format, or a hub name.
         from_scratch: take only the shape of base_model and draw fresh weights.
         lora: low-rank adaptation; rank 0 trains every weight.
+        adapter: folder of a PEFT adapter, to answer with or to train on. With lora.rank 0 its rank,
+            alpha, dropout and targets are taken too. A checkpoint goes before it.
         optimizer: AdamW and its schedule.
         generation: how predict answers.
         gradient_checkpointing: recompute each block in the backward pass, to save memory.
@@ -57,6 +60,7 @@ class LlamaModule(LightningModule):
         base_model: str = "tiny",
         from_scratch: bool = False,
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - frozen
+        adapter: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         generation: GenerationConfig = GenerationConfig(),  # noqa: B008 - frozen
         gradient_checkpointing: bool = False,
@@ -65,11 +69,17 @@ class LlamaModule(LightningModule):
         base_dtype: Literal["bfloat16", "float32"] = "bfloat16",
     ) -> None:
         super().__init__()
-        if from_scratch and lora.rank:
-            raise UsageError("model.from_scratch trains every weight: set model.lora.rank to 0")
+        if from_scratch and (lora.rank or adapter):
+            raise UsageError(
+                "model.from_scratch trains every weight: set model.lora.rank to 0 and leave "
+                "model.adapter out"
+            )
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"model.dropout is {dropout}; use a value in [0, 1)")
         self.base_model, self.from_scratch = base_model, from_scratch
+        self.adapter = Path(adapter) if adapter else None
+        if self.adapter is not None:
+            lora = agreed_lora(lora, self.adapter)
         self.lora, self.optimizer, self.generation = lora, optimizer, generation
         self.gradient_checkpointing = gradient_checkpointing
         self.dropout, self.qkv_bias = dropout, qkv_bias
@@ -101,13 +111,16 @@ class LlamaModule(LightningModule):
         """Find what is wrong with the base model before any weight is read."""
         config = self.llama_config
         if not self.from_scratch:
-            weight_files(self.folder)
+            check_files(self.folder)
         if self.lora.rank:
             with torch.device("meta"):
-                self._inject_lora(Llama(config), torch.float32)
+                model = Llama(config)
+            self._inject_lora(model, torch.float32)
+            if self.adapter is not None:
+                check_peft(model, self.adapter)
 
     def configure_model(self) -> None:
-        """Build the network once: base weights, then LoRA, then what training needs."""
+        """Build the network once: base weights, LoRA, an adapter, then what training needs."""
         if self.model is not None:
             return
         precision = self._trainer.precision if self._trainer else "32-true"
@@ -118,10 +131,12 @@ class LlamaModule(LightningModule):
             model.to(trained_dtype)
         else:
             dtype = self.base_dtype if self.lora.rank else trained_dtype
-            model = load_huggingface(self.folder, self.llama_config, dtype=dtype)
+            model = load_base(self.folder, self.llama_config, dtype=dtype)
         self._base_fingerprint = fingerprint(model)
         if self.lora.rank:
             self._inject_lora(model, trained_dtype)
+            if self.adapter is not None:
+                load_peft(model, self.adapter)
             if self.qkv_bias:
                 rank_zero_info("model: LoRA freezes the biases of q, k and v, new ones stay zero")
         model.model.gradient_checkpointing = self.gradient_checkpointing
@@ -131,6 +146,8 @@ class LlamaModule(LightningModule):
         try:
             inject_lora(model, self.lora, dtype=dtype)
         except ValueError as error:
+            if self.adapter is not None:
+                raise WeightsError(f"model.adapter {self.adapter}: {error}") from error
             raise UsageError(f"model.{error}") from error
 
     def configure_optimizers(self) -> Any:

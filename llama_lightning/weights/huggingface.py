@@ -9,19 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from llama_lightning.errors import WeightsError
 from llama_lightning.model.config import LlamaConfig, config_from_huggingface, config_to_huggingface
 from llama_lightning.model.llama import Llama
+from llama_lightning.weights.assembly import NamedTensor, assemble_llama
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -66,13 +64,15 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
+def _tensors(files: list[Path]) -> Iterator[NamedTensor]:
     """Read tensor after tensor, so that one at a time is in memory beside the module."""
     for file in files:
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
-                    yield file, name, shard.get_tensor(name)
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # old exports hold it; it is a function of the config
+                    yield NamedTensor(name, f"{file}: {name}", shard.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{file}: damaged or cut ({error}); it has {file.stat().st_size:,} bytes, "
@@ -81,9 +81,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
 
 
 def load_huggingface(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -> Llama:
-    """Build a Llama on the meta device and put the folder's tensors into it, one by one.
-
-    Biases of q, k and v that the config asks for and the folder lacks start at zero.
+    """Build a Llama of the folder's tensors, one by one.
 
     Args:
         folder: with config.json and safetensors.
@@ -91,55 +89,10 @@ def load_huggingface(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -
         dtype: type of the weights in memory.
 
     Raises:
-        WeightsError: a tensor missing, too many, misshapen, quantised or not finite.
+        WeightsError: see `assemble_llama`; or a file that is damaged.
     """
-    with torch.device("meta"):
-        model = Llama(config)
-    expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
-    loaded: set[str] = set()
-    tied_head: Tensor | None = None
-    for file, name, tensor in _tensors(weight_files(folder)):
-        if name.endswith("rotary_emb.inv_freq"):
-            continue  # old exports hold it; it is a function of the config
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            tied_head = tensor
-            continue
-        if name not in expected:
-            raise WeightsError(f"{file}: {name} is not part of a {CONFIG_FILE} of this kind")
-        if tensor.shape != expected[name].shape:
-            raise WeightsError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, "
-                f"{CONFIG_FILE} means {tuple(expected[name].shape)}"
-            )
-        if tensor.dtype not in STORED_DTYPES:  # cast, quantised weights would lose their scales
-            raise WeightsError(f"{file}: {name} is {tensor.dtype}; quantised weights are not read")
-        low, high = tensor.aminmax()  # NaN goes through both; no copy of the tensor is made
-        if not (low.isfinite() and high.isfinite()):
-            raise WeightsError(f"{file}: {name} holds NaN or infinity")
-        _put(model, name, tensor.to(dtype, copy=True))
-        loaded.add(name)
-    absent_biases = {name for name in expected.keys() - loaded if name.endswith("_proj.bias")}
-    for name in absent_biases:
-        _put(model, name, torch.zeros(expected[name].shape, dtype=dtype))
-    if absent_biases:
-        rank_zero_info(f"model: {len(absent_biases)} q, k and v biases are new and start at zero")
-        loaded |= absent_biases
-    if missing := sorted(expected.keys() - loaded):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise WeightsError(f"{folder}: tensors are missing: {', '.join(missing[:3])}{more}")
-    model.tie_head()
-    if tied_head is not None and not torch.equal(
-        tied_head.to(dtype), model.model.embed_tokens.weight
-    ):
-        raise WeightsError(
-            f"{folder}: {CONFIG_FILE} ties the head to the embedding, but lm_head.weight differs"
-        )
-    return model
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    parent, _, last_name = name.rpartition(".")
-    setattr(model.get_submodule(parent), last_name, nn.Parameter(tensor))
+    tensors = _tensors(weight_files(folder))
+    return assemble_llama(tensors, config, dtype=dtype, folder=folder, config_file=CONFIG_FILE)
 
 
 def save_huggingface(model: Llama, folder: Path) -> None:

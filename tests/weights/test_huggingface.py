@@ -1,8 +1,6 @@
 """Folders travel between transformers and our network unchanged, and damage is named."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -426,85 +424,3 @@ def test_a_config_that_is_none_is_named(text: str, tmp_path: Path) -> None:
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"has no config\.json"):
         read_config(tmp_path)
-
-
-# --- memory ---
-
-# Anonymous memory is what the process itself fills; pages mapped from the file are not in it. A
-# thread reads it all the while, for a copy of one tensor may live only for some milliseconds.
-MEASURE = """
-import sys
-import threading
-from pathlib import Path
-import torch
-from llama_lightning.weights import huggingface
-
-def anonymous():
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
-
-peak, loaded = 0, threading.Event()
-def watch():
-    global peak
-    while not loaded.wait(0.001):
-        peak = max(peak, anonymous())
-
-folder = Path(sys.argv[1])
-config = huggingface.read_config(folder)
-watcher = threading.Thread(target=watch)
-before = anonymous()
-watcher.start()
-model = huggingface.load_huggingface(folder, config, dtype=torch.bfloat16)
-loaded.set()
-watcher.join()
-size = sum(p.numel() * p.element_size() for p in model.parameters())
-print(size, peak - before, anonymous() - before)
-"""
-
-
-def _write_shards(folder: Path, config: LlamaConfig) -> int:
-    """Write random bf16 weights in shards of about 50 MB, as the hub has them."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
-    weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    shards = 0
-    for i, (name, shape) in enumerate(shapes.items()):
-        shard[name] = torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.1, 0.1)
-        if sum(t.nbytes for t in shard.values()) > 50e6 or i == len(shapes) - 1:
-            shards += 1
-            file = f"model-{shards:05}.safetensors"
-            save_file(shard, folder / file)
-            weight_map |= dict.fromkeys(shard, file)
-            shard = {}
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    text = json.dumps(config_to_huggingface(config, "bfloat16"))
-    (folder / CONFIG_FILE).write_text(text)
-    return shards
-
-
-@pytest.mark.skipif(
-    not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup"
-)
-def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> None:
-    config = small_config(
-        vocab_size=16_000,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=5,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-    )
-    shards = _write_shards(tmp_path, config)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    size, peak, after = map(int, done.stdout.split())
-    print(
-        f"{shards} shards, {size / 1e6:.0f} MB of weights: peak {peak / size:.3f} and at the end "
-        f"{after / size:.3f} times as much (bound 1.15)"
-    )
-    assert shards >= 3
-    assert size > 180e6
-    assert after > 0.95 * size  # the weights are in what is measured
-    assert max(peak, after) <= 1.15 * size

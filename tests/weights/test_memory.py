@@ -1,0 +1,127 @@
+"""A base model is loaded in little more memory than its weights take, in either format."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llama_lightning.model.config import LlamaConfig, config_to_huggingface
+from llama_lightning.model.llama import Llama
+from llama_lightning.weights import meta
+from llama_lightning.weights.huggingface import CONFIG_FILE, INDEX_FILE
+from tests.model.oracle import small_config
+from tests.weights.meta_reference import cut, write_meta
+
+# Anonymous memory is what the process itself fills; pages mapped from the file are not in it. A
+# thread reads it all the while, for a copy of one tensor may live only for some milliseconds.
+MEASURE = """
+import sys
+import threading
+from pathlib import Path
+import torch
+from llama_lightning.weights import base
+
+def anonymous():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+def watch():
+    global peak
+    while not loaded.wait(0.001):
+        peak = max(peak, anonymous())
+
+for folder in map(Path, sys.argv[1:]):
+    model = None
+    peak, loaded, before = 0, threading.Event(), anonymous()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = base.load_base(folder, base.read_config(folder), dtype=torch.bfloat16)
+    loaded.set()
+    watcher.join()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(size, peak - before, anonymous() - before)
+"""
+
+
+def _write_shards(folder: Path, config: LlamaConfig) -> int:
+    """Write random bf16 weights in shards of about 50 MB, as the hub has them."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
+    weight_map: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    shards = 0
+    for i, (name, shape) in enumerate(shapes.items()):
+        shard[name] = torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.1, 0.1)
+        if sum(t.nbytes for t in shard.values()) > 50e6 or i == len(shapes) - 1:
+            shards += 1
+            file = f"model-{shards:05}.safetensors"
+            save_file(shard, folder / file)
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    text = json.dumps(config_to_huggingface(config, "bfloat16"))
+    (folder / CONFIG_FILE).write_text(text)
+    return shards
+
+
+def _write_meta_twin(source: Path, folder: Path, config: LlamaConfig) -> None:
+    """Write the tensors of Hugging Face shards as two of Meta's files; the values do not matter."""
+    names = {ours: theirs for theirs, ours in {**meta.OUTER_NAMES, **meta.LAYER_NAMES}.items()}
+    weights: dict[str, Tensor] = {}
+    for file in source.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            layer, _, rest = name.removeprefix("model.layers.").partition(".")
+            inside = layer.isdigit()
+            weights[f"layers.{layer}.{names[rest]}" if inside else names[name]] = tensor
+    write_meta(
+        folder,
+        cut(weights, 2),
+        dim=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        multiple_of=config.intermediate_size,
+    )
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup"
+)
+def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    config = small_config(
+        vocab_size=16_000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=5,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    )
+    hub, original = tmp_path, tmp_path / "original"
+    shards = _write_shards(hub, config)
+    _write_meta_twin(hub, original, config)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(hub), str(original)],
+        # Memory that is freed goes back at once, as that of a real model's larger tensors does.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured = done.stdout.splitlines()
+    for line, what in zip(measured, (f"{shards} shards", "Meta's, in 2 files"), strict=True):
+        size, peak, after = map(int, line.split())
+        print(
+            f"{what}, {size / 1e6:.0f} MB of weights: peak {peak / size:.3f} and at the end "
+            f"{after / size:.3f} times as much (bound 1.15)"
+        )
+        assert size > 180e6
+        assert after > 0.95 * size  # the weights are in what is measured
+        assert max(peak, after) <= 1.15 * size
+    assert shards >= 3
