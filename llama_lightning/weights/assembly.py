@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from llama_lightning.errors import WeightsError
@@ -90,6 +89,8 @@ def assemble_llama(
     for name in absent_biases:
         _put(model, name, torch.zeros(expected[name].shape, dtype=dtype))
     if absent_biases:
+        from lightning.pytorch.utilities import rank_zero_info  # seconds, for a rare line
+
         rank_zero_info(f"model: {len(absent_biases)} q, k and v biases are new and start at zero")
         loaded |= absent_biases
     if missing := sorted(expected.keys() - loaded):
