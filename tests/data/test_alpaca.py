@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llama_lightning.data.alpaca import AlpacaDataModule
-from llama_lightning.data.examples import Row
-from llama_lightning.data.splits import split_rows
+from llama_lightning.data.rows import Row
+from llama_lightning.data.splits import split
 from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.errors import CheckpointError, DataError, UsageError
 from llama_lightning.training.trainer import Trainer
@@ -65,9 +65,14 @@ def rows_of(records: list[tuple[str, str, str]]) -> list[Row]:
     return [Row(i, *record) for i, record in enumerate(records)]
 
 
-def split_ids(rows: list[Row], seed: int = 0, val: float = 0.1, test: float = 0.2):
-    parts = split_rows(rows, val_fraction=val, test_fraction=test, seed=seed)
-    return [[row.id for row in part] for part in parts]
+def split_rows(rows: list[Row], seed: int = 0, val: float = 0.1, test: float = 0.2):
+    prompts = [row.prompt_key for row in rows]
+    parts = split(prompts, val_fraction=val, test_fraction=test, seed=seed)
+    return [[rows[i] for i in part] for part in parts]
+
+
+def split_ids(rows: list[Row], **kwargs):
+    return [[row.id for row in part] for part in split_rows(rows, **kwargs)]
 
 
 def test_a_split_is_disjoint_complete_and_of_the_size_asked_for():
@@ -98,7 +103,7 @@ def test_a_prompt_is_never_in_two_parts():
     rows = rows_of(records)
     worst = 0
     for seed in range(20):
-        parts = split_rows(rows, val_fraction=0.1, test_fraction=0.2, seed=seed)
+        parts = split_rows(rows, seed=seed)
         assert sorted(row.id for part in parts for row in part) == list(range(700))
         keys = [{row.prompt_key for row in part} for part in parts]
         worst = max(worst, sum(len(a & b) for a, b in itertools.combinations(keys, 2)))
@@ -113,7 +118,7 @@ def test_a_prompt_is_never_in_two_parts():
 def test_prompts_that_read_the_same_are_the_same():
     # "<no input>" is written out as no input: the model would be tested on what it was trained on.
     rows = rows_of([(f"q{i // 4}", ("", "<no input>", " ", "x")[i % 4], "a") for i in range(400)])
-    parts = split_rows(rows, val_fraction=0.1, test_fraction=0.2, seed=0)
+    parts = split_rows(rows)
     prompts = [{TEMPLATES["alpaca"].format(r.instruction, r.input) for r in part} for part in parts]
     assert sum(map(len, prompts)) == 200
     assert len(set.union(*prompts)) == 200
