@@ -1,7 +1,7 @@
 """One data file to raw records, one after the other: .json, .jsonl, .csv, .parquet.
 
-It knows how a format is read and how it breaks, and nothing of what a record should hold. All but
-.json are streamed, so that a file may be larger than the memory.
+It knows how a format is read and how it breaks, and nothing of what a record should hold. A file is
+streamed, so that it may be larger than the memory.
 Source: RFC 8259 (JSON), RFC 4180 (CSV), arrow.apache.org/docs/python/parquet.html.
 """
 
@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llama_lightning.errors import DataError
 
+DECODER = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\n\r]*")
 
 
@@ -29,41 +30,71 @@ def _not_json(path: Path, error: json.JSONDecodeError, lines_before: int = 0) ->
     )
 
 
+class _JsonText:
+    """The text of a .json file, of which only what has not been parsed yet is in memory."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.text, self.at, self.before = "", 0, 0  # `before`: characters left behind
+
+    def _read_on(self) -> bool:
+        more = self.file.read(1 << 20)
+        if more:
+            self.text, self.before, self.at = self.text[self.at :] + more, self.before + self.at, 0
+        return bool(more)
+
+    def next_character(self) -> str:
+        """Pass blanks and show the character behind them; at the end there is none."""
+        while True:
+            self.at = BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self._read_on():
+                return self.text[self.at : self.at + 1]
+
+    def take_value(self) -> Any:
+        """Parse a value and pass it."""
+        while True:
+            try:
+                value, self.at = DECODER.raw_decode(self.text, self.at)
+                return value
+            except json.JSONDecodeError:  # unless it only goes on in what has not been read
+                if not self._read_on():
+                    raise
+
+
 def _json(path: Path) -> Iterator[Any]:
-    """Read a list, record by record: the text is in memory, the records are not."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8"
-        ) from error
-    decode = json.JSONDecoder().raw_decode
-
-    def blanks(at: int) -> int:
-        return BLANK.match(text, at).end()  # type: ignore[union-attr] # it matches nothing too
-
-    try:
-        at = blanks(0)
-        if text[at : at + 1] != "[":
-            raise DataError(f"{path}: a list of records is needed, not {kind(json.loads(text))}")
-        at = blanks(at + 1)
-        if text[at : at + 1] == "]":
-            at += 1
-        else:
-            while True:
-                record, at = decode(text, at)
-                yield record
-                at = blanks(at)
-                if text[at : at + 1] == "]":
-                    at += 1
-                    break
-                if text[at : at + 1] != ",":
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-                at = blanks(at + 1)
-        if blanks(at) < len(text):
-            raise json.JSONDecodeError("Extra data", text, blanks(at))
-    except json.JSONDecodeError as error:
-        raise _not_json(path, error) from error
+    """Read a list, record by record."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        text = _JsonText(file)
+        try:
+            if text.next_character() != "[":
+                raise DataError(
+                    f"{path}: a list of records is needed, not {kind(text.take_value())}"
+                )
+            text.at += 1
+            more = text.next_character() != "]"
+            while more:
+                yield text.take_value()
+                more = text.next_character() == ","
+                if more:
+                    text.at += 1
+                    text.next_character()
+                elif text.next_character() != "]":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text.text, text.at)
+            text.at += 1
+            if text.next_character():
+                raise json.JSONDecodeError("Extra data", text.text, text.at)
+        except json.JSONDecodeError as error:
+            whole = path.read_text(encoding="utf-8-sig")
+            raise _not_json(
+                path, json.JSONDecodeError(error.msg, whole, text.before + error.pos)
+            ) from error
+        except UnicodeDecodeError:
+            try:
+                path.read_bytes().decode()
+            except UnicodeDecodeError as error:  # with the place in the file
+                raise DataError(
+                    f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8"
+                ) from error
 
 
 def _lines(path: Path) -> Iterator[str]:

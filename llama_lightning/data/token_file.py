@@ -68,7 +68,7 @@ class TokenFile:
             or hash_file(path, whole) != checksum
         ):
             raise ValueError("damaged")
-        content = np.memmap(path, np.uint8, "r")
+        content = np.asarray(np.memmap(path, np.uint8, "r"))
         self.tokens: npt.NDArray[np.int32] = content[: 4 * num_tokens].view("<i4")
         self.rows: npt.NDArray[Any] = content[4 * num_tokens : whole].view(ENTRY)
 
