@@ -190,7 +190,13 @@ def _likeness(key: str, name: str) -> float:
 
 
 # jsonargparse's words for a type, and ours.
-WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "dict": "a mapping",
+}
 
 
 def plain_reason(text: str) -> str:

@@ -3,10 +3,8 @@
 It owns the tokenizer and the template; the model receives tokens only.
 """
 
-import os
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ from llama_lightning.data.batching import (
     StepSampler,
     collate_prompts,
 )
-from llama_lightning.data.corpus import Corpus, Encoding, Part
+from llama_lightning.data.corpus import Corpus, Encoding, Part, default_cache
 from llama_lightning.data.examples import Dropped, Turns, encode_prompt
 from llama_lightning.data.identity import TRAINING_PART, check_identity, digest
 from llama_lightning.data.rows import FIELDS, Row
-from llama_lightning.data.splits import split, weigh
+from llama_lightning.data.splits import split
 from llama_lightning.data.templates import TEMPLATES, TemplateName
 from llama_lightning.data.token_file import Examples
 from llama_lightning.data.tokenizer import Tokenizer
@@ -52,12 +50,6 @@ def local_file(path: str) -> Path:
         rank_zero_info(f"data: {own} is here and taken instead of {path}")
         return own
     return fetch_data(path)
-
-
-def default_cache() -> Path:
-    """Find the folder of tokenised data: llama_lightning in XDG_CACHE_HOME or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "llama_lightning"
 
 
 class AlpacaDataModule(LightningDataModule):
@@ -253,10 +245,10 @@ class AlpacaDataModule(LightningDataModule):
         """Split, and weigh; a prompt of another part's file never stays in training."""
         corpus = Corpus(self.train_files, self.encoding)
         digests = [file_hash.hex()[:16] for file_hash in corpus.hashes]
-        weighed = zip(digests, self.weights.values(), strict=True)
         self._file_digest = digests[0]
         if isinstance(self.path, dict):
-            self._file_digest = " + ".join(f"{weight} x {digest}" for digest, weight in weighed)
+            pairs = zip(self.weights.values(), digests, strict=True)
+            self._file_digest = " + ".join(f"{weight} x {file}" for weight, file in pairs)
         train, *others = split(
             corpus.prompts,
             val_fraction=self.val_fraction,
@@ -274,13 +266,8 @@ class AlpacaDataModule(LightningDataModule):
                 f"data: {len(train) - len(kept)} training records left out, "
                 "their prompts are in the validation or test data"
             )
-        chosen: list[int] = []
-        for end, size, weight in zip(
-            accumulate(corpus.sizes), corpus.sizes, self.weights.values(), strict=True
-        ):
-            of_file = [i for i in kept if end - size <= i < end]
-            chosen += weigh(of_file, weight, seed=self.seed)
-        return Part(corpus, chosen), val, test
+        weights = list(self.weights.values())
+        return Part(corpus, corpus.weighed(kept, weights, seed=self.seed)), val, test
 
     def _not_empty(self, part: Part, name: str) -> Part:
         if not part:

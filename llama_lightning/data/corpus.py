@@ -3,6 +3,7 @@
 It joins reading, tokenising and the cache; it knows neither splits nor batches.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,16 @@ from pathlib import Path
 from llama_lightning.data.examples import Encoded, Turns, encode_row
 from llama_lightning.data.files import check_file
 from llama_lightning.data.rows import Row, read_rows
+from llama_lightning.data.splits import weigh
 from llama_lightning.data.templates import Template
 from llama_lightning.data.token_file import Examples, TokenFile, hash_file, token_file
 from llama_lightning.data.tokenizer import Tokenizer
+
+
+def default_cache() -> Path:
+    """Find the folder of tokenised data: llama_lightning in XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "llama_lightning"
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,15 @@ class Corpus:
         self.files = [encoding.tokenise(*pair) for pair in zip(paths, self.hashes, strict=True)]
         self.sizes = [len(file.rows) for file in self.files]
         self.prompts = [prompt for file in self.files for prompt in file.rows["prompt"].tolist()]
+
+    def weighed(self, row_ids: Sequence[int], weights: Sequence[float], *, seed: int) -> list[int]:
+        """Repeat each file's rows by its weight."""
+        chosen: list[int] = []
+        end = 0
+        for size, weight in zip(self.sizes, weights, strict=True):
+            start, end = end, end + size
+            chosen += weigh([i for i in row_ids if start <= i < end], weight, seed=seed)
+        return chosen
 
     def rows(self) -> Iterator[Row]:
         """Read all rows again, as text."""

@@ -96,6 +96,14 @@ def test_a_csv_of_a_spreadsheet(tmp_path):
     assert list(read_rows(path)) == [Row(0, "q", "", 'a "b",\r\nc'), Row(1, "r", "", "")]
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_prompts_need_no_answers(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", [{"instruction": "p"}, {"instruction": "q"}])
+    assert [row.instruction for row in read_rows(path, need_output=False)] == ["p", "q"]
+    with pytest.raises(DataError, match="row 0: no column 'output'; it has 'instruction'"):
+        list(read_rows(path))
+
+
 # Columns
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from llama_lightning.assets import TINY, TINY_TRAIN
 from llama_lightning.data import corpus
-from llama_lightning.data.alpaca import AlpacaDataModule, default_cache
+from llama_lightning.data.alpaca import AlpacaDataModule
+from llama_lightning.data.corpus import default_cache
 from llama_lightning.data.examples import Dropped, encode_row
 from llama_lightning.data.rows import read_rows
 from llama_lightning.data.templates import TEMPLATES
