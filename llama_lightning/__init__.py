@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_lightning.data.alpaca import AlpacaDataModule
-    from llama_lightning.data.examples import Row
+    from llama_lightning.data.rows import Row
     from llama_lightning.model.config import LlamaConfig
     from llama_lightning.model.generate import generate
     from llama_lightning.model.llama import Llama
@@ -39,7 +39,7 @@ _HOMES = {
     "LlamaModule": "training.llama_module",
     "LoRAConfig": "model.lora",
     "OptimizerConfig": "training.optim",
-    "Row": "data.examples",
+    "Row": "data.rows",
     "Trainer": "training.trainer",
     "generate": "model.generate",
 }

@@ -23,9 +23,13 @@ OPEN_KEYS = tuple(
 )
 
 
+# Values that are mappings from a name of the user's own.
+MAPPINGS = ("data.path", "data.columns")
+
+
 def _flatten(value: Any, prefix: str = "") -> Iterator[str]:
     """List the dotted leaf keys of a parsed config; `init_args` is transparent."""
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or not value or prefix in MAPPINGS:
         yield prefix
         return
     for key, inner in value.items():
@@ -186,7 +190,13 @@ def _likeness(key: str, name: str) -> float:
 
 
 # jsonargparse's words for a type, and ours.
-WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "dict": "a mapping",
+}
 
 
 def plain_reason(text: str) -> str:

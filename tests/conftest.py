@@ -1,11 +1,18 @@
 """What every test starts from: one thread, the same seed, and the default dtype as it was."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 # pytest has a process a core; on tensors this small a second thread in one of them only costs. The
 # processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tokenised data of the tests and of the processes that they start.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="llama_lightning_cache_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 A server on 127.0.0.1 answers as the hub does; nothing here can reach further.
 """
 
+import csv
 import io
 import json
 import logging
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from llama_lightning.assets import TINY
@@ -61,6 +64,20 @@ def environment_as_before():
     assert current() == before
 
 
+def csv_of(records: list[dict[str, str]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, records[0].keys())
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue().encode()
+
+
+def parquet_of(records: list[dict[str, str]]) -> bytes:
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), content)
+    return content.getvalue()
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Iterator[FakeHub]:
     """A hub with a small Llama and records, open and gated."""
@@ -71,6 +88,8 @@ def hub(tmp_path_factory) -> Iterator[FakeHub]:
     llama["original/consolidated.00.pth"] = b"a copy that no run needs"
     records = {
         "records.json": json.dumps(RECORDS).encode(),
+        "records.csv": csv_of(RECORDS),
+        "records.parquet": parquet_of(RECORDS),
         "deep/er/large.jsonl": (json.dumps(RECORDS[0]) + "\n").encode().ljust(LARGE, b"\n"),
     }
     hub = FakeHub()
@@ -221,6 +240,15 @@ def test_every_data_path_may_be_an_address_and_is_fetched_when_read(
         assert len(data.test_examples) == len(RECORDS)
         with pytest.raises(DataError, match="the train part is empty"):
             data.setup("fit")  # its prompts are all held out
+
+
+@pytest.mark.parametrize("name", ["records.csv", "records.parquet"])
+def test_other_formats_come_from_the_hub_too(hub, tmp_path, working_directory, name):
+    with process(hub, tmp_path / "home"):
+        data = AlpacaDataModule(predict_path=f"hf://datasets/fake/records/{name}")
+        data.setup("predict")
+    fields = [(row.instruction, row.input, row.output) for row in data.predict_rows]
+    assert fields == [tuple(record.values()) for record in RECORDS]
 
 
 def test_a_file_of_the_same_name_in_data_is_taken_instead(hub, tmp_path, working_directory, caplog):

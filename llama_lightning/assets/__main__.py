@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from llama_lightning.assets import TINY, TINY_HELDOUT, TINY_TRAIN, bpe, world
-from llama_lightning.data.templates import TEMPLATES
+from llama_lightning.data.templates import ALPACA
 from llama_lightning.model.config import PRESETS, config_to_huggingface
 from llama_lightning.model.llama import Llama
 from llama_lightning.training.checkpoint_io import read_checkpoint
@@ -34,7 +34,7 @@ def write_data(folder: Path, seed: int) -> None:
     texts = [r[key] for r in base[:TOKENIZER_RECORDS] for key in ("instruction", "output")]
     # The words of all skills, so that asking fewer of them leaves the tokenizer as it is.
     for record in itertools.chain(*world.alpaca_records(seed, asked_only=False)):
-        texts += [TEMPLATES["alpaca"].format(record["instruction"], record["input"])]
+        texts += [ALPACA.format(record["instruction"], record["input"])]
         texts += [record["output"]]
     TINY.mkdir(exist_ok=True)
     config = PRESETS["tiny"]

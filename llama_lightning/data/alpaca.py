@@ -3,7 +3,6 @@
 It owns the tokenizer and the template; the model receives tokens only.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +21,17 @@ from llama_lightning.data.batching import (
     StepSampler,
     collate_prompts,
 )
-from llama_lightning.data.examples import Row, encode_examples, encode_prompt, read_rows
+from llama_lightning.data.corpus import Corpus, Encoding, Part, default_cache
+from llama_lightning.data.examples import Dropped, Turns, encode_prompt
 from llama_lightning.data.identity import TRAINING_PART, check_identity, digest
-from llama_lightning.data.splits import split_rows
+from llama_lightning.data.rows import FIELDS, Row
+from llama_lightning.data.splits import split
 from llama_lightning.data.templates import TEMPLATES, TemplateName
+from llama_lightning.data.token_file import Examples
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import CheckpointError, DataError, UsageError
 from llama_lightning.hub import fetch_data, parse_address
-from llama_lightning.records import Batch, Example, PromptBatch
+from llama_lightning.records import Batch, PromptBatch
 
 
 def local_file(path: str) -> Path:
@@ -38,6 +40,8 @@ def local_file(path: str) -> Path:
     Raises:
         DataError: a malformed address, or a file that cannot be fetched.
     """
+    if path == "tiny":
+        return TINY_TRAIN
     if not path.startswith("hf://"):
         return Path(path)
     _, file = parse_address(path)
@@ -49,44 +53,55 @@ def local_file(path: str) -> Path:
 
 
 class AlpacaDataModule(LightningDataModule):
-    """Alpaca-format records for fit, validate, test and predict.
+    """Instructions with answers, or chats, for fit, validate, test and predict.
 
     Args:
-        path: training data, .json or .jsonl with instruction, input and output: a file, an address
-            hf://datasets/OWNER/NAME/FILE, or `tiny` (embedded).
+        path: training data, .json, .jsonl, .csv or .parquet with instruction, input and output, or
+            with chats: a file, an address hf://datasets/OWNER/NAME/FILE, or `tiny` (embedded). Of
+            several files, a mapping from each to its weight: how often an epoch has each of its
+            training records (0.5: a seeded half of them).
         val_path: validation data; by default a part of `path`.
         test_path: test data; by default a part of `path` (with `tiny`: the embedded held-out set).
         predict_path: prompts for predict; by default the test part.
         val_fraction: part of `path` that chooses checkpoints, without `val_path`.
         test_fraction: part of `path` that predict and test answer, without `test_path`.
+        columns: names of the files' columns where they differ from ours, e.g. `{output: answer}`;
+            ours are instruction, input, output, and messages or conversations for chats.
         base_folder: folder whose tokenizer is used; the command line links it to model.base_model.
         tokenizer: tokenizer file or folder, instead of the base model's.
-        template: text around a record: `alpaca`, or `plain` for none.
+        template: text around a record: `alpaca`, `plain` for none, or `llama3`, the chat template
+            of the Instruct models.
         train_on_prompt: put loss on the prompt too.
+        train_on_turns: of a chat, put loss on `all` turns of the assistant, or on the `last`.
         max_seq_len: longest sequence in training and validation, in tokens.
         batch_size: records an optimizer step, over all devices and accumulated micro-batches.
         eval_batch_size: records a batch in evaluation; by default a micro-batch's.
         num_workers: processes that prepare batches.
         seed: of the split and of the order of training records.
+        cache_dir: folder of the tokenised data; by default llama_lightning in XDG_CACHE_HOME or
+            ~/.cache.
     """
 
     def __init__(
         self,
-        path: str = "tiny",
+        path: dict[str, float] | str = "tiny",
         val_path: str | None = None,
         test_path: str | None = None,
         predict_path: str | None = None,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        columns: dict[str, str] | None = None,
         base_folder: str | None = None,
         tokenizer: str | None = None,
         template: TemplateName = "alpaca",
         train_on_prompt: bool = False,
+        train_on_turns: Turns = "all",
         max_seq_len: int = 512,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
@@ -101,8 +116,22 @@ class AlpacaDataModule(LightningDataModule):
             if size < 1:
                 least = {"max_seq_len": 2, "num_workers": 0}.get(name, 1)
                 raise UsageError(f"data.{name} is too small; use {least} or more")
+        for field in columns or {}:
+            if field not in FIELDS:
+                raise UsageError(
+                    f"data.columns: '{field}' is none of our columns, {', '.join(FIELDS)}; write "
+                    "OURS: YOURS"
+                )
         if path == "tiny":
             path, test_path = str(TINY_TRAIN), test_path or str(TINY_HELDOUT)
+        self.weights = path if isinstance(path, dict) else {path: 1.0}
+        for name, weight in self.weights.items():
+            if not 0.0 < weight < float("inf"):
+                raise UsageError(f"data.path: the weight of {name} is {weight}; use one above 0")
+        if not self.weights:
+            raise UsageError("data.path: no file; give one, or several with their weights")
+        self._name = ", ".join(self.weights)
+        self.columns = columns
         self.path, self.val_path, self.test_path = path, val_path, test_path
         self.predict_path = predict_path
         self.val_fraction = 0.0 if val_path else val_fraction
@@ -112,17 +141,17 @@ class AlpacaDataModule(LightningDataModule):
         self.template_name: TemplateName = template
         self.template = TEMPLATES[template]
         self.train_on_prompt = train_on_prompt
+        self.train_on_turns: Turns = train_on_turns
         self.max_seq_len = max_seq_len
         self.batch_size = batch_size
         self.given_eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.train_examples: list[Example] = []
-        self.val_examples: list[Example] = []
-        self.test_examples: list[Example] = []
-        self.val_rows: list[Row] = []
+        self.cache_dir = Path(cache_dir) if cache_dir else default_cache()
+        self.train_examples = self.val_examples = self.test_examples = Examples([], [])
         self.test_rows: list[Row] = []
         self.predict_rows: list[Row] = []
+        self._val: Part | None = None
         # Digests of the training file and of the training part, once they have been read.
         self._file_digest = self._training_records = ""
         self._resume_at = 0  # micro-batches of the current epoch that a resumed run has done
@@ -152,14 +181,32 @@ class AlpacaDataModule(LightningDataModule):
         )
 
     @cached_property
-    def train_file(self) -> Path:
-        """The file of `path` on this machine; fetched from the hub at first use."""
-        return local_file(self.path)
+    def train_files(self) -> list[Path]:
+        """The files of `path` on this machine; fetched from the hub at first use."""
+        return [local_file(path) for path in self.weights]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded at first use."""
         return Tokenizer.from_path(self.tokenizer_path)
+
+    @property
+    def encoding(self) -> Encoding:
+        """How a data file becomes tokens."""
+        return Encoding(
+            tokenizer=self.tokenizer,
+            template=self.template,
+            max_seq_len=self.max_seq_len,
+            train_on_prompt=self.train_on_prompt,
+            train_on_turns=self.train_on_turns,
+            columns=self.columns,
+            cache_dir=self.cache_dir,
+        )
+
+    @property
+    def val_rows(self) -> list[Row]:
+        """The validation records as text, read when they are asked for."""
+        return self._val.rows() if self._val else []
 
     def setup(self, stage: str) -> None:
         """Read, split and tokenise what the stage ("fit", "validate", "test", "predict") needs."""
@@ -169,77 +216,79 @@ class AlpacaDataModule(LightningDataModule):
                 f"trainer.accumulate_grad_batches {self.accumulate} x {self.world_size} devices; "
                 "lower the accumulation or raise the batch size"
             )
-        if stage == "predict" and self.predict_path:
-            self.predict_rows = read_rows(local_file(self.predict_path), need_output=False)
+        if stage == "predict" and (path := self.predict_path or self.test_path):
+            need_output = not self.predict_path
+            self.predict_rows = list(self.encoding.read(local_file(path), need_output=need_output))
             return
-        if stage in ("test", "predict") and self.test_path:
-            test = read_rows(local_file(self.test_path))
+        if stage == "test" and self.test_path:
+            test = Part.of_file(local_file(self.test_path), self.encoding)
         else:
             train, val, test = self._parts()
         if stage == "predict":
-            self.predict_rows = self._not_empty(test, "test")
+            self.predict_rows = self._not_empty(test, "test").rows()
         elif stage == "test":
-            self.test_rows = self._not_empty(test, "test")
+            self.test_rows = self._not_empty(test, "test").rows()
             self.test_examples = self._encode(test, "test")
         else:
-            self.val_rows = val
-            self.val_examples = self._encode(val, "val") if val else []
+            self._val = val
+            self.val_examples = self._encode(val, "val") if val else Examples([], [])
             if stage == "fit":
                 if not val:
                     rank_zero_info("data: no validation part, so there will be no best.ckpt")
-                self.train_examples = self._encode(self._not_empty(train, "train"), "train")
-                self._training_records = digest(self.train_examples)
+                examples = self._encode(self._not_empty(train, "train"), "train")
+                self.train_examples = examples
+                self._training_records = digest(examples.tokens())
             else:
                 self._not_empty(val, "val")
 
-    def _parts(self) -> tuple[list[Row], list[Row], list[Row]]:
-        """Read and split; a prompt of another part's file never stays in training."""
-        # While it is there: it may change or go before a checkpoint names it.
-        data = self.train_file.read_bytes() if self.train_file.is_file() else b""
-        self._file_digest = hashlib.sha256(data).hexdigest()[:16]
-        train, val, test = split_rows(
-            read_rows(self.train_file),
+    def _parts(self) -> tuple[Part, Part, Part]:
+        """Split, and weigh; a prompt of another part's file never stays in training."""
+        corpus = Corpus(self.train_files, self.encoding)
+        digests = [file_hash.hex()[:16] for file_hash in corpus.hashes]
+        self._file_digest = digests[0]
+        if isinstance(self.path, dict):
+            pairs = zip(self.weights.values(), digests, strict=True)
+            self._file_digest = " + ".join(f"{weight} x {file}" for weight, file in pairs)
+        train, *others = split(
+            corpus.prompts,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             seed=self.seed,
         )
-        val = read_rows(local_file(self.val_path)) if self.val_path else val
-        test = read_rows(local_file(self.test_path)) if self.test_path else test
-        held_out = {row.prompt_key for row in (*val, *test)}
-        kept = [row for row in train if row.prompt_key not in held_out]
+        val, test = (
+            Part.of_file(local_file(path), self.encoding) if path else Part(corpus, rows)
+            for path, rows in zip((self.val_path, self.test_path), others, strict=True)
+        )
+        held_out = val.prompts() | test.prompts()
+        kept = [i for i in train if corpus.prompts[i] not in held_out]
         if len(kept) < len(train):
             rank_zero_info(
                 f"data: {len(train) - len(kept)} training records left out, "
                 "their prompts are in the validation or test data"
             )
-        return kept, val, test
+        weights = list(self.weights.values())
+        return Part(corpus, corpus.weighed(kept, weights, seed=self.seed)), val, test
 
-    def _not_empty(self, rows: list[Row], part: str) -> list[Row]:
-        if not rows:
+    def _not_empty(self, part: Part, name: str) -> Part:
+        if not part:
             raise DataError(
-                f"{self.path}: the {part} part is empty; change data.val_fraction and "
-                f"data.test_fraction, or name a file with data.{part}_path"
+                f"{self._name}: the {name} part is empty; change data.val_fraction and "
+                f"data.test_fraction, or name a file with data.{name}_path"
             )
-        return rows
+        return part
 
-    def _encode(self, rows: list[Row], part: str) -> list[Example]:
-        examples, dropped = encode_examples(
-            rows,
-            self.tokenizer,
-            self.template,
-            max_seq_len=self.max_seq_len,
-            train_on_prompt=self.train_on_prompt,
-        )
+    def _encode(self, part: Part, name: str) -> Examples:
+        examples = part.examples()
+        dropped = Dropped.of(examples.fates.tolist())
         if not examples:
-            path = {"val": self.val_path, "test": self.test_path}.get(part) or self.path
+            path = {"val": self.val_path, "test": self.test_path}.get(name) or self._name
             raise DataError(
-                f"{path}: nothing to learn in all {len(rows)} {part} records: {dropped}"
+                f"{path}: nothing to learn in all {len(part)} {name} records: {dropped}"
             )
-        tokens = sum(len(e.tokens) for e in examples)
-        targets = sum(e.num_targets for e in examples)
+        tokens, targets = int(examples.lengths.sum()), int(examples.num_targets.sum())
         remark = f"; {dropped}" if str(dropped) else ""
         rank_zero_info(
-            f"data: {len(examples):,} {part} records, {tokens:,} tokens, "
+            f"data: {len(examples):,} {name} records, {tokens:,} tokens, "
             f"{targets / tokens:.0%} of them learnt{remark}"
         )
         return examples
@@ -247,8 +296,8 @@ class AlpacaDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches of the exact step."""
         sampler = StepSampler(
-            [len(e.tokens) for e in self.train_examples],
-            [e.num_targets for e in self.train_examples],
+            self.train_examples.lengths.tolist(),
+            self.train_examples.num_targets.tolist(),
             batch_size=self.batch_size,
             accumulate=self.accumulate,
             rank=self.rank,
@@ -285,9 +334,9 @@ class AlpacaDataModule(LightningDataModule):
         batches = [self.prompts(rows[start : start + size]) for start in starts]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type] # a list is a dataset
 
-    def _eval_loader(self, examples: list[Example]) -> DataLoader[Batch]:
+    def _eval_loader(self, examples: Examples) -> DataLoader[Batch]:
         sampler = EvalSampler(
-            [e.num_targets for e in examples],
+            examples.num_targets.tolist(),
             batch_size=self.eval_batch_size,
             rank=self.rank,
             world_size=self.world_size,
@@ -295,7 +344,7 @@ class AlpacaDataModule(LightningDataModule):
         return self._loader(examples, sampler)
 
     def _loader(
-        self, examples: list[Example], sampler: torch.utils.data.Sampler[MicroBatch]
+        self, examples: Examples, sampler: torch.utils.data.Sampler[MicroBatch]
     ) -> DataLoader[Batch]:
         return DataLoader(
             Batches(examples),
@@ -319,6 +368,8 @@ class AlpacaDataModule(LightningDataModule):
             "data.batch_size": self.batch_size,
             "data.max_seq_len": self.max_seq_len,
             "data.train_on_prompt": self.train_on_prompt,
+            "data.train_on_turns": self.train_on_turns,
+            "data.columns": self.columns,
             "trainer.accumulate_grad_batches": self.accumulate,
             "trainer.devices x num_nodes": self.world_size,
             TRAINING_PART: self._training_records,
@@ -334,7 +385,7 @@ class AlpacaDataModule(LightningDataModule):
             "micro_batches": done,
             "identity": self._identity(),
             "template": self.template_name,
-            "template_text": self.template.with_input,
+            "template_text": self.template.text,
             "tokenizer": self.tokenizer.fingerprint,
         }
 
@@ -344,7 +395,7 @@ class AlpacaDataModule(LightningDataModule):
         Raises:
             CheckpointError: template, tokenizer, data or batching differ from the checkpoint's.
         """
-        if state_dict["template_text"] != self.template.with_input:
+        if state_dict["template_text"] != self.template.text:
             raise CheckpointError(
                 f"data.template is '{self.template_name}', but the checkpoint was trained with "
                 f"'{state_dict['template']}'; set data.template to that"
@@ -363,7 +414,9 @@ class AlpacaDataModule(LightningDataModule):
         }
         if paths.get(verb or ""):
             return  # no part of the training file is read, which need not even be there
-        stored, ours = state_dict["identity"], self._identity()
+        # Checkpoints made before there were these keys.
+        stored = {"data.train_on_turns": "all", "data.columns": None} | state_dict["identity"]
+        ours = self._identity()
         if not fitting:
             if stored["data.path"] != ours["data.path"]:
                 return

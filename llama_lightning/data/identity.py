@@ -6,21 +6,24 @@ decides their order, are what they were.
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from llama_lightning.errors import CheckpointError
-from llama_lightning.records import Example
 
 # What no single key tells: which records are left in training once other files are taken out.
 TRAINING_PART = "the training part (data.path without data.val_path and data.test_path)"
 
 
-def digest(examples: Sequence[Example]) -> str:
-    """Tell one list of tokenised records from another."""
+def digest(examples: Iterable[tuple[int, npt.NDArray[np.int64]]]) -> str:
+    """Tell one list of tokenised records, given as (row number, tokens), from another."""
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(array("q", (example.row_id, len(example.tokens), *example.tokens)).tobytes())
+    for row_id, tokens in examples:
+        digest.update(array("q", (row_id, len(tokens))))
+        digest.update(tokens.data)
     return digest.hexdigest()[:16]
 
 

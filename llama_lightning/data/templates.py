@@ -1,15 +1,30 @@
 r"""The one formatter: how a record becomes a prompt, in training, prediction and everywhere else.
 
-Fields enter verbatim. A prompt ends where the answer begins, and the two are tokenised apart: in
-Llama 3 ":\n" is one token, so that joined text would be cut elsewhere in training than in
-prediction.
-Source of the Alpaca text: github.com/tatsu-lab/stanford_alpaca, train.py.
+A text template leaves fields verbatim. A prompt ends where the answer begins, and the two are
+tokenised apart: in Llama 3 ":\n" is one token, so that joined text would be cut elsewhere in
+training than in prediction.
+Source of the Alpaca text: github.com/tatsu-lab/stanford_alpaca, train.py. Of the chat template:
+llama3/chat_format.py of github.com/meta-llama/llama-models.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-TemplateName = Literal["alpaca", "plain"]
+from llama_lightning.data.rows import Row, Turn, has_input
+from llama_lightning.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT
+
+TemplateName = Literal["alpaca", "plain", "llama3"]
+
+START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
+END_OF_TURN = "<|eot_id|>"
+
+
+class Piece(NamedTuple):
+    """A stretch of a record that is tokenised by itself."""
+
+    text: str
+    special: bool = False  # the name of one special token, rather than text
+    learnt: bool = False
 
 
 @dataclass(frozen=True)
@@ -18,6 +33,13 @@ class PromptTemplate:
 
     with_input: str
     without_input: str
+    jinja: str = ""  # the same for other programs, as a chat template over `messages`
+    takes_chats = False  # of more than a question and its answer
+
+    @property
+    def text(self) -> str:
+        """What tells one template from another."""
+        return self.with_input
 
     def format(self, instruction: str, input_text: str) -> str:
         """Write the prompt of one record."""
@@ -25,25 +47,82 @@ class PromptTemplate:
             return self.with_input.format(instruction=instruction, input=input_text)
         return self.without_input.format(instruction=instruction)
 
+    def prompt(self, row: Row) -> list[Piece]:
+        """Write what the model reads before it answers."""
+        prompt = self.format(row.instruction, row.input)
+        return [Piece(BEGIN_OF_TEXT, special=True), Piece(prompt)]
 
-def has_input(input_text: str) -> bool:
-    """Tell whether a record has an input; Alpaca data writes "<no input>" for none."""
-    return input_text.strip().lower() not in ("", "<no input>", "<noinput>")
+    def answer(self, row: Row) -> list[Piece]:
+        """Write what the model should answer, with the token that ends it."""
+        return [Piece(row.output, learnt=True), Piece(END_OF_TEXT, special=True, learnt=True)]
 
 
-TEMPLATES: dict[TemplateName, PromptTemplate] = {
-    "alpaca": PromptTemplate(
-        with_input=(
-            "Below is an instruction that describes a task, paired with an input that provides "
-            "further context. Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-        ),
-        without_input=(
-            "Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n{instruction}\n\n### Response:\n"
-        ),
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of Llama 3 Instruct, for base models that have been trained on it.
+
+    It is that of Meta-Llama-3-Instruct: a turn's role stands in a header and its text, without the
+    spaces around it, ends with `<|eot_id|>`. The templates of 3.1 and 3.2 also put a system turn
+    with the date of today in front, which would make another prompt every day; here a chat has the
+    system turn that its record has. An Alpaca record is one user turn, instruction and input with a
+    line break between them.
+    """
+
+    jinja: str
+    takes_chats = True
+
+    @property
+    def text(self) -> str:
+        """What tells one template from another."""
+        return self.jinja
+
+    def _header(self, role: str) -> list[Piece]:
+        names = [Piece(START_HEADER, special=True), Piece(role), Piece(END_HEADER, special=True)]
+        return [*names, Piece("\n\n")]
+
+    def _content(self, text: str, *, learnt: bool) -> list[Piece]:
+        end = Piece(END_OF_TURN, special=True, learnt=learnt)
+        return [Piece(text.strip(), learnt=learnt), end]
+
+    def prompt(self, row: Row) -> list[Piece]:
+        """Write what the model reads before it answers; earlier answers in it may be learnt too."""
+        question = row.instruction + (f"\n{row.input}" if has_input(row.input) else "")
+        pieces = [Piece(BEGIN_OF_TEXT, special=True)]
+        for role, content in row.turns or (Turn("user", question),):
+            pieces += self._header(role) + self._content(content, learnt=role == "assistant")
+        return pieces + self._header("assistant")
+
+    def answer(self, row: Row) -> list[Piece]:
+        """Write what the model should answer, with the token that ends it."""
+        return self._content(row.output, learnt=True)
+
+
+Template = PromptTemplate | ChatTemplate
+
+ALPACA = PromptTemplate(
+    with_input=(
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     ),
+    without_input=(
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n"
+    ),
+)
+
+TEMPLATES: dict[TemplateName, Template] = {
+    "alpaca": ALPACA,
     # No words of its own: the record is a text and its continuation, as in pretraining.
     "plain": PromptTemplate(with_input="{instruction}\n{input}", without_input="{instruction}"),
+    "llama3": ChatTemplate(
+        jinja=(
+            "{{ bos_token }}{% for turn in messages %}"
+            "{{ '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\n\n' }}"
+            "{{ turn['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}"
+            "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+        ),
+    ),
 }

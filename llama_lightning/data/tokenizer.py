@@ -85,6 +85,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special_ids
         )
+        self._ranks = ranks
         self.special_ids = special_ids
         self.bos_id = special_ids[BEGIN_OF_TEXT]
         self.eos_id = special_ids[END_OF_TEXT]
@@ -162,6 +163,12 @@ class Tokenizer:
         """Tell one tokenizer from another, whatever file it came from."""
         ids = [*self.encode(PROBE), self.bos_id, self.eos_id]
         return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+
+    @cached_property
+    def digest(self) -> str:
+        """Tell one tokenizer from another by every token of it."""
+        tokens = repr((sorted(self._ranks.items()), sorted(self.special_ids.items())))
+        return hashlib.sha256(tokens.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Encode plain text, without any special token."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llama_lightning.data.alpaca import AlpacaDataModule
-from llama_lightning.data.examples import Row
-from llama_lightning.data.splits import split_rows
+from llama_lightning.data.rows import Row
+from llama_lightning.data.splits import split
 from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.errors import CheckpointError, DataError, UsageError
 from llama_lightning.training.trainer import Trainer
@@ -65,9 +65,14 @@ def rows_of(records: list[tuple[str, str, str]]) -> list[Row]:
     return [Row(i, *record) for i, record in enumerate(records)]
 
 
-def split_ids(rows: list[Row], seed: int = 0, val: float = 0.1, test: float = 0.2):
-    parts = split_rows(rows, val_fraction=val, test_fraction=test, seed=seed)
-    return [[row.id for row in part] for part in parts]
+def split_rows(rows: list[Row], seed: int = 0, val: float = 0.1, test: float = 0.2):
+    prompts = [row.prompt_key for row in rows]
+    parts = split(prompts, val_fraction=val, test_fraction=test, seed=seed)
+    return [[rows[i] for i in part] for part in parts]
+
+
+def split_ids(rows: list[Row], **kwargs):
+    return [[row.id for row in part] for part in split_rows(rows, **kwargs)]
 
 
 def test_a_split_is_disjoint_complete_and_of_the_size_asked_for():
@@ -98,7 +103,7 @@ def test_a_prompt_is_never_in_two_parts():
     rows = rows_of(records)
     worst = 0
     for seed in range(20):
-        parts = split_rows(rows, val_fraction=0.1, test_fraction=0.2, seed=seed)
+        parts = split_rows(rows, seed=seed)
         assert sorted(row.id for part in parts for row in part) == list(range(700))
         keys = [{row.prompt_key for row in part} for part in parts]
         worst = max(worst, sum(len(a & b) for a, b in itertools.combinations(keys, 2)))
@@ -113,7 +118,7 @@ def test_a_prompt_is_never_in_two_parts():
 def test_prompts_that_read_the_same_are_the_same():
     # "<no input>" is written out as no input: the model would be tested on what it was trained on.
     rows = rows_of([(f"q{i // 4}", ("", "<no input>", " ", "x")[i % 4], "a") for i in range(400)])
-    parts = split_rows(rows, val_fraction=0.1, test_fraction=0.2, seed=0)
+    parts = split_rows(rows)
     prompts = [{TEMPLATES["alpaca"].format(r.instruction, r.input) for r in part} for part in parts]
     assert sum(map(len, prompts)) == 200
     assert len(set.union(*prompts)) == 200
@@ -194,6 +199,83 @@ def test_every_prompt_is_answered_on_one_rank(module, tmp_path, world_size):
         data.setup("predict")
         seen.update(i for batch in data.predict_dataloader() for i in batch.row_ids.tolist())
     assert seen == Counter(range(17))
+
+
+# Several files by weight
+
+
+def test_files_are_mixed_by_weight(module, tmp_path):
+    parts = [numbered(40), numbered(30, start=100), numbered(20, start=200)]
+    names = [str(write_records(tmp_path / f"{i}.json", part)) for i, part in enumerate(parts)]
+    weights = dict(zip(names, (1, 0.5, 2.25), strict=True))
+    data = module([], path=weights, val_fraction=0, test_fraction=0)
+    data.setup("fit")
+    met = Counter(ids(data.train_examples))
+    counts = [
+        sum(n for i, n in met.items() if lo <= i < hi) for lo, hi in ((0, 40), (40, 70), (70, 90))
+    ]
+    print(f"records of 40, 30 and 20 at weights 1, 0.5 and 2.25: {counts}")
+    assert counts == [40, 15, 45]
+    assert set(met.values()) == {1, 2, 3}
+    assert Counter(met[i] for i in range(70, 90)) == {2: 15, 3: 5}
+    records = sum(parts, [])
+    for example in data.train_examples:  # a row is numbered on from the files before its own
+        question, _, answer = records[example.row_id]
+        assert data.tokenizer.decode(example.tokens) == question + answer
+    again = module([], path=weights, val_fraction=0, test_fraction=0)
+    again.setup("fit")
+    assert ids(again.train_examples) == ids(data.train_examples)
+    other = module([], path=weights, val_fraction=0, test_fraction=0, seed=1)
+    other.setup("fit")
+    assert ids(other.train_examples) != ids(data.train_examples)
+
+
+def test_a_mix_is_split_as_one(module, tmp_path):
+    names = [str(write_records(tmp_path / f"{i}.json", numbered(50))) for i in range(2)]
+    data = module([], path={names[0]: 1, names[1]: 3}, val_fraction=0.1, test_fraction=0.2)
+    for stage in ("fit", "predict"):
+        data.setup(stage)
+    assert len(data.predict_rows) == 20
+    assert len(data.val_rows) == 10
+    # Every question is in both files: whole pairs stay in one part, unweighted but in training.
+    parts = [
+        ids(data.train_examples),
+        [r.id for r in data.val_rows],
+        [r.id for r in data.predict_rows],
+    ]
+    assert len(parts[0]) == 35 * 4
+    questions = [{i % 50 for i in part} for part in parts]
+    assert [len(part) for part in questions] == [35, 5, 10]
+    assert not any(a & b for a, b in itertools.combinations(questions, 2))
+    answers = {row.id: row.instruction for row in data.predict_rows}
+    assert all(answers[i] == f"question {i % 50}" for i in answers)
+
+
+def test_another_mix_is_another_run(module, tmp_path):
+    names = [str(write_records(tmp_path / f"{i}.json", numbered(20, start=50 * i))) for i in (0, 1)]
+    mixes = [dict.fromkeys(names, 1.0), {names[0]: 1.0, names[1]: 2.0}]
+    state = fitting(module([], path=mixes[0]), tmp_path).state_dict()
+    fitting(module([], path=mixes[0]), tmp_path).load_state_dict(state)
+    with pytest.raises(
+        CheckpointError, match=r"data.path is 1.0 x \w{16} \+ 2.0 x \w{16}, was 1.0 x"
+    ):
+        fitting(module([], path=mixes[1]), tmp_path).load_state_dict(state)
+
+
+def test_a_broken_file_of_a_mix_is_named(module, tmp_path):
+    good = str(write_records(tmp_path / "good.json", numbered(20)))
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "q", "output": "a"}\n{"output": "a"}\n')
+    data = module([], path={good: 1, str(tmp_path / "bad.jsonl"): 1})
+    with pytest.raises(DataError, match=r"bad.jsonl, row 1: no column 'instruction'"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none(module, weight):
+    with pytest.raises(UsageError, match="data.path: the weight of a.json is"):
+        module([], path={"a.json": weight})
+    with pytest.raises(UsageError, match="data.path: no file"):
+        module([], path={})
 
 
 # Loaders
@@ -386,6 +468,11 @@ DIFFERENT = {
         {},
         {"accumulate_grad_batches": 4},
         "trainer.accumulate_grad_batches is 4, was 2",
+    ),
+    "data.train_on_turns": (
+        {"train_on_turns": "last"},
+        {},
+        "data.train_on_turns is last, was all",
     ),
     "data.template": (
         {"template": "alpaca"},

@@ -10,7 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama_lightning.data.examples import Row, encode_prompt
+from llama_lightning.data.examples import encode_prompt
+from llama_lightning.data.rows import Row
 from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.data.tokenizer import LLAMA3_PATTERN, TOKENIZER_FILES, Tokenizer
 from llama_lightning.errors import DataError
@@ -209,7 +210,7 @@ def test_special_token_text_in_data_stays_text(llama3, oracle, name):
 
 @needs_llama3
 def test_the_beginning_token_stands_in_front_once(llama3):
-    for template in TEMPLATES.values():
+    for template in (TEMPLATES["alpaca"], TEMPLATES["plain"]):
         for row in (Row(0, "say hello", "", ""), Row(0, "<|begin_of_text|>", "to me", "")):
             prompt = encode_prompt(row, llama3, template)
             assert prompt[0] == llama3.bos_id == 128_000

@@ -1,0 +1,234 @@
+"""The cache of tokenised rows: made once for a content, made again when damaged, never half."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_lightning.assets import TINY, TINY_TRAIN
+from llama_lightning.data import corpus
+from llama_lightning.data.alpaca import AlpacaDataModule
+from llama_lightning.data.corpus import default_cache
+from llama_lightning.data.examples import Dropped, encode_row
+from llama_lightning.data.rows import read_rows
+from llama_lightning.data.templates import TEMPLATES
+from llama_lightning.data.token_file import TokenFile
+from llama_lightning.data.tokenizer import Tokenizer
+from llama_lightning.errors import DataError
+
+# Digests of the training part by the code that read everything into lists, before there was a
+# cache: checkpoints of that time resume only where they are the same.
+DIGESTS = [
+    ({}, "ba61c7318fe407f9", "b1791f82b68acbb1", [17, 69, 79, 90, 103]),
+    (
+        {"val_fraction": 0.1, "seed": 3, "train_on_prompt": True, "max_seq_len": 40},
+        "ba61c7318fe407f9",
+        "c34b9dcd7a84200e",
+        [5, 7, 24, 26, 28],
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "file", "part", "val"), DIGESTS, ids=["default", "changed"])
+def test_old_checkpoints_still_fit(settings, file, part, val):
+    data = AlpacaDataModule(**settings)
+    data.setup("fit")
+    identity = data.state_dict()["identity"]
+    assert identity["data.path"] == file
+    assert list(identity.values())[-1] == part
+    assert [example.row_id for example in data.val_examples[:5]] == val
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """Collect the numbers of the rows that are tokenised."""
+    rows = []
+
+    def counted(row, *args, **kwargs):
+        rows.append(row.id)
+        return encode_row(row, *args, **kwargs)
+
+    monkeypatch.setattr(corpus, "encode_row", counted)
+    return rows
+
+
+def write(path: Path, count: int) -> Path:
+    records = [{"instruction": f"question {i}", "output": "a" * (i % 7)} for i in range(count)]
+    path.write_text(json.dumps(records))
+    return path
+
+
+def fitted(path: Path, cache: Path, **settings) -> AlpacaDataModule:
+    data = AlpacaDataModule(path=str(path), cache_dir=str(cache), **settings)
+    data.setup("fit")
+    return data
+
+
+def test_examples_of_the_map_are_those_of_the_rows(tmp_path):
+    tokenizer = Tokenizer.from_path(TINY)
+    settings = {"max_seq_len": 40, "train_on_prompt": False}
+    rows = list(read_rows(TINY_TRAIN))[:500]
+    pairs = [(row, encode_row(row, tokenizer, TEMPLATES["alpaca"], **settings)) for row in rows]
+    expected = {row.id: tokens.example(row.id) for row, tokens in pairs if tokens.tokens}
+    records = json.loads(TINY_TRAIN.read_text())[:500]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    data = fitted(tmp_path / "a.json", tmp_path, val_fraction=0, test_fraction=0, max_seq_len=40)
+    examples = data.train_examples
+    assert list(examples) == list(expected.values())
+    assert examples.lengths.tolist() == [len(e.tokens) for e in expected.values()]
+    assert examples.num_targets.tolist() == [e.num_targets for e in expected.values()]
+    assert Dropped.of(examples.fates) == Dropped.of(tokens.fate for _, tokens in pairs)
+    assert 0 < len(examples) < 500
+
+
+def test_rows_are_tokenised_once(tmp_path, encoded):
+    path, cache = write(tmp_path / "a.json", 50), tmp_path / "cache"
+    first = fitted(path, cache)
+    assert encoded == list(range(50))
+    again = fitted(path.rename(tmp_path / "b.json"), cache)  # the content counts, not the name
+    assert len(encoded) == 50
+    assert list(again.train_examples) == list(first.train_examples)
+    again.setup("test")
+    assert len(encoded) == 50
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_seq_len": 100},
+        {"train_on_prompt": True},
+        {"train_on_turns": "last"},
+        {"template": "plain"},
+        {"columns": {"output": "instruction"}},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_another_content_is_another_file(tmp_path, encoded, settings):
+    path = write(tmp_path / "a.json", 50)
+    fitted(path, tmp_path / "cache")
+    fitted(path, tmp_path / "cache", **settings)
+    assert len(encoded) == 100
+    fitted(path, tmp_path / "cache", seed=1, batch_size=2, val_fraction=0.5)  # decide no token
+    assert len(encoded) == 100
+
+
+def test_another_tokenizer_is_another_file(tmp_path, encoded):
+    """Even one that agrees on the words by which a checkpoint knows its tokenizer."""
+    path = write(tmp_path / "a.json", 50)
+    first = fitted(path, tmp_path / "cache")
+    raw = json.loads((TINY / "tokenizer.json").read_text())
+    raw["added_tokens"].append({"id": 1472, "content": "<|another|>", "special": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    other = fitted(path, tmp_path / "cache", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert other.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert len(encoded) == 100
+
+
+def test_another_data_file_is_another_file(tmp_path, encoded):
+    fitted(write(tmp_path / "a.json", 50), tmp_path / "cache")
+    fitted(write(tmp_path / "a.json", 51), tmp_path / "cache")
+    assert len(encoded) == 101
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[:-100],
+    "a bit of a token": lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:],
+    "a bit of the checksum": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "longer": lambda content: content + b"\0" * 48,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_file_is_made_again(tmp_path, encoded, damage):
+    path, cache = write(tmp_path / "a.json", 50), tmp_path / "cache"
+    expected = list(fitted(path, cache).train_examples)
+    (file,) = cache.iterdir()
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    with pytest.raises(ValueError, match="cut off|damaged"):
+        TokenFile(file)
+    assert list(fitted(path, cache).train_examples) == expected
+    assert len(encoded) == 100
+    assert file.read_bytes() == good
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    path, cache = write(tmp_path / "a.json", 500), tmp_path / "cache"
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write says that it fails
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(DataError) as caught:
+            fitted(path, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "tokenised data cannot be written (File too large)" in str(caught.value)
+    assert "set data.cache_dir to another folder" in str(caught.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        fitted(write(tmp_path / "a.json", 50), tmp_path / "file" / "cache")
+
+
+def test_the_cache_is_where_caches_are(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "llama_lightning"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "llama_lightning"
+
+
+# 52,000 records
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+READY = """
+import sys, time
+from llama_lightning.data.alpaca import AlpacaDataModule
+start = time.perf_counter()
+data = AlpacaDataModule(path=sys.argv[1], tokenizer=sys.argv[2], cache_dir=sys.argv[3])
+data.setup("fit")
+next(iter(data.train_dataloader()))
+seconds = time.perf_counter() - start
+status = open("/proc/self/status").read().split()
+print(seconds, int(status[status.index("VmHWM:") + 1]) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the data folder is not beside this repository")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_52_000_records_are_ready_at_once(tmp_path, suffix):
+    real = json.loads((SHARED / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+
+    def ready(count: int) -> tuple[float, float]:
+        path = tmp_path / f"{count}{suffix}"
+        if not path.exists():
+            records = ({**real[i % len(real)], "input": f"number {i}"} for i in range(count))
+            lines = [json.dumps(record, ensure_ascii=False) for record in records]
+            text = "\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]"
+            path.write_text(text, encoding="utf-8")
+        arguments = [path, SHARED / "llama3-tokenizer.model", tmp_path / "cache"]
+        command = [sys.executable, "-c", READY, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds, mib = map(float, done.stdout.split())
+        return seconds, mib
+
+    few, first, again = ready(1000), ready(52_000), ready(52_000)
+    print(
+        f"{suffix}: ready in {first[0]:.1f} s, then in {again[0]:.2f} s; peak memory of 1,000 "
+        f"records {few[1]:.0f} MiB, of 52,000 {first[1]:.0f} MiB, then {again[1]:.0f} MiB"
+    )
+    assert first[0] < 20
+    assert again[0] < 2
+    assert max(first[1], again[1]) - few[1] < 200
