@@ -9,14 +9,14 @@ from pathlib import Path
 
 from llama_lightning.errors import JudgeError, UsageError
 from llama_lightning.evaluation.asking import Question, ask_all
-from llama_lightning.evaluation.judge import Judge, JudgeConfig, Request
+from llama_lightning.evaluation.judge import Judge, JudgeConfig
 from llama_lightning.evaluation.page import report_page
 from llama_lightning.evaluation.parse import SCORE_SCHEMA, parse_score
 from llama_lightning.evaluation.prompts import build_prompt
 from llama_lightning.evaluation.report import REPORT, SUMMARY, Graded, Summary, summarise
 from llama_lightning.evaluation.responses import read_responses
 from llama_lightning.evaluation.self_preference import model_beside
-from llama_lightning.evaluation.settings import Settings, prompt_version
+from llama_lightning.evaluation.settings import Settings, prompt_version, settings_of
 from llama_lightning.evaluation.verdicts import VERDICTS, VerdictFile, check_settings, write_whole
 from llama_lightning.records import Response
 
@@ -83,29 +83,16 @@ def open_judge(
     with_reference = shows_reference(config, responses)
     judge = make_judge(config)
     judge.preflight()
-    settings = Settings(
-        judge=judge.name,
-        with_reference=with_reference,
-        temperature=config.temperature,
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        prompt=prompt_version(),
-    )
+    settings = settings_of(config, judge, with_reference=with_reference, prompt=prompt_version())
     folder = _folder(config, path)
     check_settings(folder / VERDICTS, _all_settings(settings, folder, path), CURE)
     return judge, settings
 
 
 def _question(settings: Settings, response: Response) -> Question:
-    request = Request(
-        prompt=build_prompt(response, with_reference=settings.with_reference),
-        response=response,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-        schema=SCORE_SCHEMA,
-    )
-    return Question(settings.key(response), request, parse_score)
+    prompt = build_prompt(response, with_reference=settings.with_reference)
+    request = settings.request(prompt, response, SCORE_SCHEMA)
+    return Question(settings.key_of(prompt, response.sample), request, parse_score)
 
 
 def grade_file(config: JudgeConfig, path: Path, graded_model: str = "") -> Summary:

@@ -11,7 +11,7 @@ from pathlib import Path
 from llama_lightning.evaluation.asking import Question, ask_all
 from llama_lightning.evaluation.duels import SAME_WORDS, Duel
 from llama_lightning.evaluation.grading import make_judge, shows_reference
-from llama_lightning.evaluation.judge import JudgeConfig, Request
+from llama_lightning.evaluation.judge import JudgeConfig
 from llama_lightning.evaluation.pairs import (
     CHOICE_SCHEMA,
     PAIR_PROMPT,
@@ -19,7 +19,8 @@ from llama_lightning.evaluation.pairs import (
     parse_choice,
 )
 from llama_lightning.evaluation.parse import Parsed
-from llama_lightning.evaluation.settings import hash_of
+from llama_lightning.evaluation.rubric import RUBRIC
+from llama_lightning.evaluation.settings import hash_of, settings_of
 from llama_lightning.evaluation.verdicts import VerdictFile
 from llama_lightning.records import Response
 
@@ -50,24 +51,16 @@ def judge_pairs(
     with_reference = shows_reference(config, [one for one, _ in pairs])
     judge = make_judge(config)
     judge.preflight()
-    parameters = (config.temperature, config.seed, config.max_new_tokens)
-    settings = {
-        "judge": judge.name,
-        "with_reference": with_reference,
-        "temperature": config.temperature,
-        "seed": config.seed,
-        "max_new_tokens": config.max_new_tokens,
-        "prompt": hash_of([*PAIR_PROMPT])[:12],
-        "runs": [os.path.relpath(run, folder) for run in runs],
-    }
+    version = hash_of([*PAIR_PROMPT, RUBRIC])[:12]
+    settings = settings_of(config, judge, with_reference=with_reference, prompt=version)
+    names = [os.path.relpath(run, folder) for run in runs]
 
     def question(
         one: Response, other: Response, first: str, parse: Callable[[str], Parsed]
     ) -> Question:
         prompt = build_pair_prompt(one, other, with_reference=with_reference)
-        key = hash_of([judge.name, *prompt, *parameters, one.sample, first])
-        request = Request(prompt, one, *parameters, schema=CHOICE_SCHEMA, other=other)
-        return Question(key, request, parse, first)
+        request = settings.request(prompt, one, CHOICE_SCHEMA, other)
+        return Question(settings.key_of(prompt, one.sample, first), request, parse, first)
 
     questions = [
         (question(a, b, "A", parse_choice), question(b, a, "B", _swapped))
@@ -76,7 +69,7 @@ def judge_pairs(
         for a, b in pairs
     ]
     asked = [q for both in questions if both is not None for q in both]
-    with VerdictFile(folder / PAIRWISE, settings, CURE) as file:
+    with VerdictFile(folder / PAIRWISE, {**settings._asdict(), "runs": names}, CURE) as file:
         ask_all(judge, asked, file, config.concurrency)
         return [
             SAME_WORDS if both is None else Duel(file[both[0].key], file[both[1].key])
