@@ -14,10 +14,20 @@ TemplateName = Literal["alpaca", "plain"]
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The text around a record's fields, in two variants."""
+    """The text around a record's fields, in two variants, and the same for other programs.
+
+    Attributes:
+        with_input: the prompt of a record, with {instruction} and {input}.
+        without_input: the same without {input}.
+        jinja: from `messages` to the prompt, for transformers, vLLM and llama.cpp. An input stands
+            in the user's message, behind the instruction, as `with_input` writes it.
+        ollama: from .System and .Prompt to the prompt, as Ollama's TEMPLATE.
+    """
 
     with_input: str
     without_input: str
+    jinja: str
+    ollama: str
 
     def format(self, instruction: str, input_text: str) -> str:
         """Write the prompt of one record."""
@@ -31,19 +41,60 @@ def has_input(input_text: str) -> bool:
     return input_text.strip().lower() not in ("", "<no input>", "<noinput>")
 
 
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately "
+ALPACA += "completes the request."
+ALPACA_INPUT = "Below is an instruction that describes a task, paired with an input that provides "
+ALPACA_INPUT += "further context. Write a response that appropriately completes the request."
+
+# A system message stands in for the first sentences, as in vLLM's template_alpaca.jinja.
+ALPACA_JINJA = (
+    "{%- set without_input = '" + ALPACA + r"\n\n' %}"
+    "\n{%- set with_input = '" + ALPACA_INPUT + r"\n\n' %}"
+    r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set content = message['content'] %}
+    {%- if message['role'] == 'system' %}
+        {{- content + '\n\n' }}
+    {%- elif message['role'] == 'user' %}
+        {%- if loop.first %}
+            {{- with_input if '\n\n### Input:\n' in content else without_input }}
+        {%- endif %}
+        {{- '### Instruction:\n' + content + '\n\n' }}
+    {%- else %}
+        {{- '### Response:\n' + content + eos_token }}
+        {{- '' if loop.last else '\n\n' }}
+    {%- endif %}
+{%- endfor %}
+{{- '### Response:\n' if add_generation_prompt else '' }}"""
+)
+
+PLAIN_JINJA = """{{- bos_token }}
+{%- for message in messages %}
+    {{- message['content'] }}
+    {%- if message['role'] == 'assistant' %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+
 TEMPLATES: dict[TemplateName, PromptTemplate] = {
     "alpaca": PromptTemplate(
         with_input=(
-            "Below is an instruction that describes a task, paired with an input that provides "
-            "further context. Write a response that appropriately completes the request.\n\n"
+            f"{ALPACA_INPUT}\n\n"
             "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
         ),
-        without_input=(
-            "Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n{instruction}\n\n### Response:\n"
+        without_input=f"{ALPACA}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
+        jinja=ALPACA_JINJA,
+        ollama=(
+            "{{ if .System }}{{ .System }}{{ else }}" + ALPACA + "{{ end }}\n\n"
+            "### Instruction:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}"
         ),
     ),
     # No words of its own: the record is a text and its continuation, as in pretraining.
-    "plain": PromptTemplate(with_input="{instruction}\n{input}", without_input="{instruction}"),
+    "plain": PromptTemplate(
+        with_input="{instruction}\n{input}",
+        without_input="{instruction}",
+        jinja=PLAIN_JINJA,
+        ollama="{{ .Prompt }}{{ .Response }}",
+    ),
 }
