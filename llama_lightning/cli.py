@@ -205,6 +205,8 @@ def _run(arguments: list[str]) -> None:
         lightnings = ", ".join(name for name in names if name not in ("max_steps", "self"))
         closing = textwrap.fill(f"  and Lightning's own: {lightnings}", 100, subsequent_indent="  ")
         closing += "\n\nother\n  --seed_everything  --ckpt_path FILE  --print_config"
+        if arguments[0] == "export":
+            closing += "\n  --format  --output  --dtype  --overwrite are short for --export.*"
         print(help_text(usage, SECTIONS, closing))
         return
     if arguments[0] == "export":
@@ -252,6 +254,7 @@ def _run(arguments: list[str]) -> None:
             parser = self.init_parser(**kwargs)
             self._add_arguments(parser)
             parser.add_argument("--ckpt_path", type=str)
+            parser.add_argument("--weights_only", type=bool)  # in a run's own config; always so
             self._subcommand_method_arguments[subcommand] = ["ckpt_path"]
             return parser
 

@@ -88,8 +88,8 @@ def _flush(folder: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError):  # numpy gives no number
+        return error.strerror or f"no room: {error}"
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # Rust has its own words
         if f"os error {number}" in str(error) or f"code: {number}," in str(error):
             return os.strerror(number)
