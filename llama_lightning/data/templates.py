@@ -41,15 +41,19 @@ def has_input(input_text: str) -> bool:
     return input_text.strip().lower() not in ("", "<no input>", "<noinput>")
 
 
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately "
-ALPACA += "completes the request."
-ALPACA_INPUT = "Below is an instruction that describes a task, paired with an input that provides "
-ALPACA_INPUT += "further context. Write a response that appropriately completes the request."
+SENTENCES = "Below is an instruction that describes a task. Write a response that appropriately "
+SENTENCES += "completes the request."
+SENTENCES_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides "
+)
+SENTENCES_WITH_INPUT += (
+    "further context. Write a response that appropriately completes the request."
+)
 
 # A system message stands in for the first sentences, as in vLLM's template_alpaca.jinja.
 ALPACA_JINJA = (
-    "{%- set without_input = '" + ALPACA + r"\n\n' %}"
-    "\n{%- set with_input = '" + ALPACA_INPUT + r"\n\n' %}"
+    "{%- set without_input = '" + SENTENCES + r"\n\n' %}"
+    "\n{%- set with_input = '" + SENTENCES_WITH_INPUT + r"\n\n' %}"
     r"""
 {{- bos_token }}
 {%- for message in messages %}
@@ -80,13 +84,13 @@ PLAIN_JINJA = """{{- bos_token }}
 TEMPLATES: dict[TemplateName, PromptTemplate] = {
     "alpaca": PromptTemplate(
         with_input=(
-            f"{ALPACA_INPUT}\n\n"
+            f"{SENTENCES_WITH_INPUT}\n\n"
             "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
         ),
-        without_input=f"{ALPACA}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
+        without_input=f"{SENTENCES}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
         jinja=ALPACA_JINJA,
         ollama=(
-            "{{ if .System }}{{ .System }}{{ else }}" + ALPACA + "{{ end }}\n\n"
+            "{{ if .System }}{{ .System }}{{ else }}" + SENTENCES + "{{ end }}\n\n"
             "### Instruction:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}"
         ),
     ),

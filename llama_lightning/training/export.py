@@ -80,7 +80,9 @@ class Export:
         check_target(self.output, overwrite=self.overwrite)
 
 
-def export(trainer: pl.Trainer, module: LlamaModule, data: Any, what: Export) -> None:
+def export(
+    trainer: pl.Trainer, module: LlamaModule, data: Any, what: Export, *, steps: int
+) -> None:
     """Write a folder, say where, and what merging has changed. The module is left as it was.
 
     Args:
@@ -88,16 +90,17 @@ def export(trainer: pl.Trainer, module: LlamaModule, data: Any, what: Export) ->
         module: with its weights.
         data: a data module that has been set up.
         what: passed its check.
+        steps: how many optimizer steps the module was trained for.
 
     Raises:
         WeightsError: a weight that the type cannot hold, or a disk that is full.
     """
     kind = what.kind(module)
     fitting = trainer.state.fn == TrainerFn.FITTING
-    measured: dict[str, str] = {}
-    if fitting:  # all that fit has logged stands there for nothing
+    measured = {"optimizer steps": str(steps)}
+    if fitting:  # what fit has logged stands there for nothing
         logged = sorted(trainer.callback_metrics.items())
-        measured = {f"{name}, as last logged": f"{float(value):.4f}" for name, value in logged}
+        measured |= {f"{name}, as last logged": f"{float(value):.4f}" for name, value in logged}
     if kind != "peft":
         _export_merged(trainer, module, data, what, measured)
     else:
@@ -107,7 +110,7 @@ def export(trainer: pl.Trainer, module: LlamaModule, data: Any, what: Export) ->
             with new_folder(what.output, overwrite=what.overwrite) as folder:
                 assert module.model is not None
                 save_peft(module.model, module.lora, folder, base_model=_base_name(module))
-                _write_card(folder, "peft", module, data, measured)
+                _write_card(folder, "peft", trainer, module, data, measured)
     if trainer.is_global_zero:
         print(f"exported: {what.output} ({kind})")
     trainer.strategy.barrier()
@@ -158,7 +161,7 @@ def _export_merged(
             save_huggingface(merged, folder, bos_id=text.bos_id, stop_ids=text.stop_ids)
             for file, content in text.files.items():
                 (folder / file).write_text(content, encoding="utf-8")
-            _write_card(folder, "hf", module, data, measured)
+            _write_card(folder, "hf", trainer, module, data, measured)
 
 
 def _validation_loss(trainer: pl.Trainer, module: LlamaModule, data: Any) -> float | None:
@@ -187,16 +190,26 @@ def _shown(loss: float | None) -> str:
 
 
 def _base_name(module: LlamaModule) -> str:
-    """Name the base as other programs find it: by its hub name, or its folder."""
+    """Name the base as PEFT finds it: by its hub name, or its folder."""
     local = module.base_model == "tiny" or Path(module.base_model).is_dir()
     return str(module.folder.resolve()) if local else module.base_model
 
 
 def _write_card(
-    folder: Path, kind: str, module: LlamaModule, data: Any, measured: dict[str, str]
+    folder: Path,
+    kind: str,
+    trainer: pl.Trainer,
+    module: LlamaModule,
+    data: Any,
+    measured: dict[str, str],
 ) -> None:
-    settings = {"model": module.arguments, "data": data.settings}
-    card = model_card(kind, base_model=_base_name(module), settings=settings, measured=measured)
+    names = ("precision", "accumulate_grad_batches", "gradient_clip_val")
+    settings = {
+        "model": module.arguments,
+        "data": data.settings,
+        "trainer": {name: getattr(trainer, name) for name in names},
+    }
+    card = model_card(kind, base_model=module.base_model, settings=settings, measured=measured)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -254,4 +267,5 @@ class ExportAtEnd(Callback):
         """Export; last.ckpt is on the disk already."""
         assert isinstance(pl_module, LlamaModule)
         if self.what is not None:
-            export(trainer, pl_module, trainer.datamodule, self.what)  # type: ignore[attr-defined]
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            export(trainer, pl_module, data, self.what, steps=trainer.global_step)

@@ -5,6 +5,7 @@ Source: huggingface.co/docs/hub/model-cards.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 LOADED_BY = {
@@ -45,7 +46,7 @@ def model_card(
         "hf": f"Weights in Hugging Face format, fine-tuned from {base_model}",
     }[format]
     head = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
-    if base_model.count("/") == 1 and not base_model.startswith("/"):
+    if base_model.count("/") == 1 and not Path(base_model).exists():
         head.append(f"base_model: {base_model}")
     head += ["tags: [llama, llama-lightning]", "---"]
     return "\n".join(
@@ -53,7 +54,8 @@ def model_card(
             *head,
             f"\n# {base_model.rpartition('/')[2]}, fine-tuned\n",
             f"{what}, made by llama_lightning. `{LOADED_BY[format]}` loads it.\n",
-            *(["## Measured\n", "| what | value |\n|---|---|"] if measured else []),
+            "## Measured\n",
+            "| what | value |\n|---|---|",
             *(f"| {name} | {value} |" for name, value in measured.items()),
             "\n## Trained with\n",
             "| key | value |\n|---|---|",

@@ -177,10 +177,12 @@ class Trainer(pl.Trainer):
         except DataError as error:
             print(f"the validation loss is not measured: {error}")
         model.configure_model()
+        steps = 0
         if ckpt_path is not None:
             checkpoint = read_checkpoint(ckpt_path)
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"], strict=False)
             datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+            steps = int(checkpoint["global_step"])
         model = self.precision_plugin.convert_module(model)  # type: ignore[assignment]
-        export(self, model.to(self.strategy.root_device), datamodule, what)
+        export(self, model.to(self.strategy.root_device), datamodule, what, steps=steps)

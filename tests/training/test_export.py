@@ -99,6 +99,7 @@ def test_a_lora_run_leaves_its_adapter(run, base):
     assert moved > 1e-2
     card = (folder / "README.md").read_text()
     assert re.search(r"\| val/loss, as last logged \| \d\.\d{4} \|", card)
+    assert "| optimizer steps | 3 |" in card
     assert "| `model.lora.rank` | 4 |" in card
     assert f"| `model.base_model` | {base} |" in card
     assert "| `data.template` | alpaca |" in card
