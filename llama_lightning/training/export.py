@@ -123,28 +123,36 @@ def _export_merged(
     computed: FileType = "bfloat16" if "bf16" in str(trainer.precision) else "float32"
     file_type = what.dtype if what.dtype != "auto" else computed
     in_memory = computed if file_type == "q8_0" else file_type
+    dtype: torch.dtype = getattr(torch, in_memory)
     trained, device = module.model, module.device
     assert trained is not None
     try:
-        merged = merge_lora(trained, dtype=getattr(torch, in_memory))
+        merged = merge_lora(trained, dtype=dtype)
     except ValueError as error:
         raise WeightsError(f"export: {error}; use another dtype") from error
-    before = _validation_loss(trainer, module, data)
-    module.model = merged.to(device)
-    try:
-        after = _validation_loss(trainer, module, data)
-    finally:
-        module.model = trained
-    measured["validation loss as trained"] = _shown(before)
-    measured[f"validation loss merged, in {in_memory}"] = _shown(after)
+    trained_dtype = trained.model.embed_tokens.weight.dtype
+    changed = module.lora.rank > 0 or dtype != trained_dtype
+    if changed or trainer.state.fn != TrainerFn.FITTING:
+        before = _validation_loss(trainer, module, data)
+        measured["validation loss as trained"] = _shown(before)
+    if changed:
+        trained.to("cpu")  # a device has room for one of the two
+        # In the arithmetic of before, where it is the finer one: rounded are the weights alone.
+        module.model = merged.to(device, torch.promote_types(dtype, trained_dtype))
+        try:
+            after = _validation_loss(trainer, module, data)
+        finally:
+            merged.to("cpu", dtype)
+            module.model = trained.to(device)
+        measured[f"validation loss merged, in {in_memory}"] = _shown(after)
+        if trainer.is_global_zero and before is not None and after is not None:
+            remark = "" if abs(after - before) <= TOLERANCE else f": MORE THAN {TOLERANCE}"
+            print(
+                f"validation loss {before:.5f} as trained, {after:.5f} merged in {in_memory} "
+                f"(difference {after - before:+.1e}{remark})"
+            )
     if not trainer.is_global_zero:
         return
-    if before is not None and after is not None:
-        remark = "" if abs(after - before) <= TOLERANCE else f": MORE THAN {TOLERANCE}"
-        print(
-            f"validation loss {before:.5f} as trained, {after:.5f} merged in {in_memory} "
-            f"(difference {after - before:+.1e}{remark})"
-        )
     text = data.text_side()
     with new_folder(what.output, overwrite=what.overwrite) as folder:
         if what.kind(module) == "gguf":

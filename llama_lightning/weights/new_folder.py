@@ -25,12 +25,15 @@ def check_target(output: Path, *, overwrite: bool) -> None:
         overwrite: an earlier export may be there, and nothing else.
 
     Raises:
-        UsageError: a file, a folder that is not empty, or one with files that no export writes.
+        UsageError: a file, the working directory, a folder that is not empty, or one with files
+            that no export writes.
     """
     if not output.exists():
         return
     if not output.is_dir():
         raise UsageError(f"output {output}: a file; name a folder")
+    if output.samefile(Path.cwd()):
+        raise UsageError(f"output {output}: the working directory; name a folder in it")
     there = sorted(output.iterdir())
     others = [path.name for path in there if not any(path.match(name) for name in EXPORTED)]
     if others and overwrite:
