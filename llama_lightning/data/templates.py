@@ -41,14 +41,10 @@ def has_input(input_text: str) -> bool:
     return input_text.strip().lower() not in ("", "<no input>", "<noinput>")
 
 
-SENTENCES = "Below is an instruction that describes a task. Write a response that appropriately "
-SENTENCES += "completes the request."
-SENTENCES_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides "
-)
-SENTENCES_WITH_INPUT += (
-    "further context. Write a response that appropriately completes the request."
-)
+TASK = "Below is an instruction that describes a task"
+REQUEST = "Write a response that appropriately completes the request."
+SENTENCES = f"{TASK}. {REQUEST}"
+SENTENCES_WITH_INPUT = f"{TASK}, paired with an input that provides further context. {REQUEST}"
 
 # A system message stands in for the first sentences, as in vLLM's template_alpaca.jinja.
 ALPACA_JINJA = (
