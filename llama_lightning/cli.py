@@ -20,6 +20,7 @@ verbs:
   validate   loss, perplexity and token accuracy of the validation part
   test       the same of the test part, and exact match and ROUGE-L of its answers
   predict    answer the test part (or data.predict_path); writes responses.jsonl
+  export     write a trained model for transformers, vLLM, PEFT, llama.cpp or Ollama
   judge      grade responses.path by a judge (judge.backend); writes verdicts.jsonl, report.html
   compare    two judged runs, A B: the difference, its interval; writes compare.html
 
@@ -28,8 +29,8 @@ Every key of the YAML file can be given on the command line: --model.lora.rank 8
   python -m llama_lightning fit --config FILE --print_config the config a run would use
   python -m llama_lightning fit --config configs/tiny_lora.yaml          start here
 """
-LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
-NAMES = (*LIGHTNING_VERBS, "judge", "compare")
+TRAINER_VERBS = ("fit", "validate", "test", "predict", "export")
+NAMES = (*TRAINER_VERBS, "judge", "compare")
 
 
 @contextlib.contextmanager
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             raise UsageError(f"unknown verb {given[0]}; verbs are {', '.join(NAMES)}")
         with _signals_stop():
-            if given[0] in LIGHTNING_VERBS:
+            if given[0] in TRAINER_VERBS:
                 _run(given)
             else:
                 from llama_lightning import verbs
@@ -112,16 +113,24 @@ def _run(arguments: list[str]) -> None:
     from llama_lightning.evaluation.judge import JudgeConfig
     from llama_lightning.keys import help_text, keys_of
     from llama_lightning.training.checkpoint_io import read_checkpoint
+    from llama_lightning.training.export import ExportAtEnd
     from llama_lightning.training.last_and_best import LastAndBest
     from llama_lightning.training.llama_module import LlamaModule
     from llama_lightning.training.memory import MemoryReport
     from llama_lightning.training.trainer import Trainer
-    from llama_lightning.usage import check_keys, given_keys, plain_reason, users_part
+    from llama_lightning.usage import (
+        check_keys,
+        given_keys,
+        plain_reason,
+        short_export_keys,
+        users_part,
+    )
 
     SECTIONS = {
         "model": LlamaModule,
         "data": AlpacaDataModule,
         "checkpoint": LastAndBest,
+        "export": ExportAtEnd,
         "samples": SampleResponses,
         "memory": MemoryReport,
         "responses": ResponseWriter,
@@ -134,8 +143,12 @@ def _run(arguments: list[str]) -> None:
         lightnings = ", ".join(name for name in names if name not in ("max_steps", "self"))
         closing = textwrap.fill(f"  and Lightning's own: {lightnings}", 100, subsequent_indent="  ")
         closing += "\n\nother\n  --seed_everything  --ckpt_path FILE  --print_config"
+        if arguments[0] == "export":
+            closing += "\n  --format  --output  --dtype  --overwrite are short for --export.*"
         print(help_text(usage, SECTIONS, closing))
         return
+    if arguments[0] == "export":
+        arguments = short_export_keys(arguments)
     _quiet_libraries()
 
     class RunConfig(SaveConfigCallback):
@@ -168,10 +181,25 @@ def _run(arguments: list[str]) -> None:
     class CLI(LightningCLI):
         """LightningCLI with our callbacks, and every check before weights are read."""
 
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return LightningCLI.subcommands() | {"export": {"model", "datamodule"}}
+
+        def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+            if subcommand != "export":
+                return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            # Its arguments are the keys of the callback, which Lightning would add a second time.
+            parser = self.init_parser(**kwargs)
+            self._add_arguments(parser)
+            parser.add_argument("--ckpt_path", type=str)
+            parser.add_argument("--weights_only", type=bool)  # in a run's own config; always so
+            self._subcommand_method_arguments[subcommand] = ["ckpt_path"]
+            return parser
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             # Last: Lightning calls it behind the others, and `_hold_stop` relies on that.
             parser.add_lightning_class_args(LastAndBest, "checkpoint")
-            for prefix in ("samples", "memory", "responses"):
+            for prefix in ("export", "samples", "memory", "responses"):
                 parser.add_lightning_class_args(SECTIONS[prefix], prefix)
             parser.add_lightning_class_args(JudgeCallback, "judge")
             parser.set_defaults({"seed_everything": 42, "trainer.log_every_n_steps": 10})
@@ -223,7 +251,15 @@ def _run(arguments: list[str]) -> None:
             self.trainer.check()
             self.check()
 
-        before_validate = before_test = before_predict = check
+        before_validate = before_test = before_predict = before_export = check
+
+        def export(self, **arguments: Any) -> None:
+            """Run the verb with what stands under `export` in the config."""
+            given = dict(self.config.export.export)
+            if given["format"] == "none":  # is about the end of fit
+                given["format"] = "auto"
+            assert isinstance(self.trainer, Trainer)
+            self.trainer.export(**arguments, **given)
 
         def report(self) -> None:
             """Print what was measured as one line; Lightning's table has a column a loader."""
@@ -267,7 +303,7 @@ def _run(arguments: list[str]) -> None:
             parser_kwargs={
                 "exit_on_error": False,
                 "prog": "python -m llama_lightning",
-                **dict.fromkeys(LIGHTNING_VERBS, strict),
+                **dict.fromkeys(TRAINER_VERBS, strict),
             },
             args=arguments,
         )

@@ -81,3 +81,13 @@ class Verdict(NamedTuple):
     reason: str  # empty where there is a score
     text: str  # the judge's last reply, as it came
     first: str = ""  # of two responses: whose was shown first, A or B
+
+
+class TextSide(NamedTuple):
+    """What other programs need, besides weights, to read and write text as in training."""
+
+    files: dict[str, str]  # name to content: tokenizer.json and the others of transformers
+    bos_id: int
+    stop_ids: list[int]
+    stops: list[str]  # the text of each
+    ollama_template: str

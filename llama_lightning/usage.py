@@ -135,6 +135,16 @@ ALIASES = {
 }
 
 
+def short_export_keys(arguments: list[str]) -> list[str]:
+    """Write `--format hf` as `--export.format hf`, and `--overwrite` as what sets it to true."""
+    written = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        name = re.sub(r"^--(?=(format|output|dtype|overwrite)(=|$))", "--export.", argument)
+        alone = name == "--export.overwrite" and following.startswith("--")
+        written.append(f"{name}=true" if alone else name)
+    return written
+
+
 def group_arguments(arguments: list[str], groups: tuple[str, ...]) -> Iterator[str]:
     """Write some groups of the config files as arguments, for a parser that knows no others."""
     for path in config_files(arguments):

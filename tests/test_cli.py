@@ -281,7 +281,7 @@ def test_hostile_checkpoint_runs_no_code(run, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("verb", ["fit", "predict", "judge"])
+@pytest.mark.parametrize("verb", ["fit", "predict", "export", "judge"])
 def test_a_verb_alone(capsys, verb):
     assert main([verb]) == USAGE
     assert "Traceback" not in capsys.readouterr().err
@@ -298,7 +298,9 @@ def test_no_verb_and_unknown_verb(capsys):
 def test_the_help_of_a_verb_explains_every_key_of_ours(capsys):
     assert main(["fit", "--help"]) == 0
     text = capsys.readouterr().out
-    keys = re.findall(r"^  --((?:model|data|checkpoint|samples|memory|responses)\.\S+)", text, re.M)
+    keys = re.findall(
+        r"^  --((?:model|data|checkpoint|export|samples|memory|responses)\.\S+)", text, re.M
+    )
     assert {"model.lora.rank", "model.generation.top_p", "data.batch_size"} <= set(keys)
     unexplained = re.findall(r"^  --(\S+)  \(.*\)\n(?!        \S)", text, re.MULTILINE)
     print(f"{len(keys)} keys, unexplained: {unexplained}")

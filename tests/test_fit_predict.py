@@ -7,7 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import peft
 import pytest
+import torch
+import transformers
+
+from llama_lightning.assets import TINY, TINY_HELDOUT
+from llama_lightning.cli import main
+from llama_lightning.data.examples import Row, encode_prompt
+from llama_lightning.data.templates import TEMPLATES
+from llama_lightning.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,3 +157,68 @@ def test_response_rows(fitted, tmp_path):
     ]
     assert row["finish_reason"] == "stop"
     assert row["response"] == "Paris"
+
+
+@pytest.fixture(scope="module")
+def exported(fitted, tmp_path_factory):
+    """The fine-tuned model as a Hugging Face folder and as a GGUF file."""
+    version, _ = fitted
+    folder = tmp_path_factory.mktemp("exported")
+    run = [f"--config={version}/config.yaml", f"--ckpt_path={version}/checkpoints/last.ckpt"]
+    assert main(["export", *run, "--format=hf", f"--output={folder}/hf"]) == 0
+    gguf = ["--format=gguf", "--dtype=float16", f"--output={folder}/gguf"]
+    assert main(["export", *run, *gguf]) == 0
+    return folder
+
+
+def _heldout() -> list[tuple[list[dict[str, str]], str]]:
+    """Held-out instructions of all skills as chats, and their answers."""
+    chats = []
+    for record in json.loads(TINY_HELDOUT.read_text())[::12]:
+        content = record["instruction"]
+        if record["input"]:
+            content += f"\n\n### Input:\n{record['input']}"
+        chats.append(([{"role": "user", "content": content}], record["output"]))
+    return chats
+
+
+def test_answers_in_transformers(exported):
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported / "hf")
+    right = 0
+    for chat, answer in _heldout():
+        prompt = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = model.generate(**prompt, max_new_tokens=32)[0, prompt["input_ids"].shape[1] :]
+        right += tokenizer.decode(tokens, skip_special_tokens=True) == answer
+    print(f"transformers: {right} of {len(_heldout())} held-out answers right")
+    assert right >= 0.85 * len(_heldout())
+
+
+@pytest.mark.llama_cpp
+def test_answers_in_llama_cpp(exported):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path = exported / "gguf" / "model-f16.gguf"
+    llm = llama_cpp.Llama(str(path), n_ctx=512, n_threads=1, verbose=False)
+    right = 0
+    for chat, answer in _heldout():
+        reply = llm.create_chat_completion(chat, max_tokens=32, temperature=0.0)
+        right += reply["choices"][0]["message"]["content"] == answer
+    llm.close()
+    print(f"llama.cpp: {right} of {len(_heldout())} held-out answers right")
+    assert right >= 0.85 * len(_heldout())
+
+
+def test_leaves_an_adapter_that_peft_answers_with(fitted):
+    version, output = fitted
+    assert f"exported: {version}/export (peft)" in output
+    base = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, version / "export").eval()
+    tokenizer = Tokenizer.from_path(TINY)
+    row = Row(0, "Give the capital city of the country.", "Norway", "")
+    prompt = torch.tensor([encode_prompt(row, tokenizer, TEMPLATES["alpaca"])])
+    tokens = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)
+    answer = tokenizer.decode(tokens[0, prompt.shape[1] :].tolist())
+    print(f"PEFT: {answer}")
+    assert answer == "Oslo"

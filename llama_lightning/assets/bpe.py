@@ -11,9 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from llama_lightning.data.tokenizer import LLAMA3_PATTERN, byte_letters
+from llama_lightning.data.tokenizer import byte_letters
+from llama_lightning.data.tokenizer_files import tokenizer_json
 
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -74,75 +74,6 @@ def train(texts: Iterable[str], size: int) -> list[bytes]:
     return tokens + sorted(missing, key=lambda piece: (-counts[piece], piece))
 
 
-def _tokenizer_json(tokens: list[bytes]) -> dict[str, Any]:
-    letters = {byte: letter for letter, byte in byte_letters().items()}
-    names = {token: "".join(letters[byte] for byte in token) for token in tokens}
-    rank = {token: at for at, token in enumerate(tokens)}
-    merges = []
-    for token in tokens:
-        # As tiktoken does: two neighbours merge whenever their join is a token.
-        splits = [(token[:at], token[at:]) for at in range(1, len(token))]
-        known = [pair for pair in splits if pair[0] in rank and pair[1] in rank]
-        known.sort(key=lambda pair: (rank[pair[0]], rank[pair[1]]))
-        merges += [f"{names[left]} {names[right]}" for left, right in known]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": len(tokens) + at, "content": text, **flags, "special": True}
-        for at, text in enumerate(SPECIAL_TOKENS)
-    ]
-    begin = {"SpecialToken": {"id": SPECIAL_TOKENS[0], "type_id": 0}}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [
-            begin,
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"SpecialToken": {"id": SPECIAL_TOKENS[0], "type_id": 1}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
-        "special_tokens": {
-            SPECIAL_TOKENS[0]: {
-                "id": SPECIAL_TOKENS[0],
-                "ids": [len(tokens)],
-                "tokens": [SPECIAL_TOKENS[0]],
-            }
-        },
-    }
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                split | {"behavior": "Isolated", "invert": False},
-                byte_level | {"use_regex": False},
-            ],
-        },
-        "post_processor": {
-            "type": "Sequence",
-            "processors": [byte_level | {"use_regex": True}, template],
-        },
-        "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {names[token]: at for at, token in enumerate(tokens)},
-            "merges": merges,
-        },
-    }
-
-
 def write_tokenizer(directory: Path, tokens: list[bytes], max_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json.
 
@@ -162,9 +93,11 @@ def write_tokenizer(directory: Path, tokens: list[bytes], max_length: int) -> No
         "model_max_length": max_length,
     }
     first = len(tokens)
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    special_ids = {text: first + at for at, text in enumerate(SPECIAL_TOKENS)}
     generation = {"bos_token_id": first, "eos_token_id": first + 1, "pad_token_id": first + 2}
     files = {
-        "tokenizer.json": _tokenizer_json(tokens),
+        "tokenizer.json": tokenizer_json(ranks, special_ids),
         "tokenizer_config.json": config,
         "generation_config.json": generation | {"do_sample": False},
     }

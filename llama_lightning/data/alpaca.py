@@ -29,9 +29,10 @@ from llama_lightning.data.splits import split
 from llama_lightning.data.templates import TEMPLATES, TemplateName
 from llama_lightning.data.token_file import Examples
 from llama_lightning.data.tokenizer import Tokenizer
+from llama_lightning.data.tokenizer_files import huggingface_files
 from llama_lightning.errors import CheckpointError, DataError, UsageError
 from llama_lightning.hub import fetch_data, parse_address
-from llama_lightning.records import Batch, PromptBatch
+from llama_lightning.records import Batch, PromptBatch, TextSide
 
 
 def local_file(path: str) -> Path:
@@ -207,6 +208,28 @@ class AlpacaDataModule(LightningDataModule):
     def val_rows(self) -> list[Row]:
         """The validation records as text, read when they are asked for."""
         return self._val.rows() if self._val else []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides which text a model is trained on, for a model card."""
+        names = ("path", "val_fraction", "test_fraction", "batch_size", "max_seq_len", "seed")
+        settings = {name: getattr(self, name) for name in names}
+        return settings | {
+            "template": self.template_name,
+            "train_on_prompt": self.train_on_prompt,
+        }
+
+    def text_side(self) -> TextSide:
+        """What an export needs to read and write text as this data does."""
+        tokenizer, template = self.tokenizer, self.template
+        texts = {token: text for text, token in tokenizer.special_ids.items()}
+        return TextSide(
+            files=huggingface_files(tokenizer, self.tokenizer_path, template.jinja),
+            bos_id=tokenizer.bos_id,
+            stop_ids=tokenizer.stop_ids,
+            stops=[texts[token] for token in tokenizer.stop_ids],
+            ollama_template=template.ollama,
+        )
 
     def setup(self, stage: str) -> None:
         """Read, split and tokenise what the stage ("fit", "validate", "test", "predict") needs."""

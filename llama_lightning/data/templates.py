@@ -29,11 +29,20 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The text around a record's fields, in two variants."""
+    """The text around a record's fields, in two variants, and the same for other programs.
+
+    Attributes:
+        with_input: the prompt of a record, with {instruction} and {input}.
+        without_input: the same without {input}.
+        jinja: from `messages` to the prompt, for transformers, vLLM and llama.cpp. An input stands
+            in the user's message, behind the instruction, as `with_input` writes it.
+        ollama: from .System and .Prompt to the prompt, as Ollama's TEMPLATE.
+    """
 
     with_input: str
     without_input: str
-    jinja: str = ""  # the same for other programs, as a chat template over `messages`
+    jinja: str
+    ollama: str
     takes_chats = False  # of more than a question and its answer
 
     @property
@@ -66,9 +75,14 @@ class ChatTemplate:
     with the date of today in front, which would make another prompt every day; here a chat has the
     system turn that its record has. An Alpaca record is one user turn, instruction and input with a
     line break between them.
+
+    Attributes:
+        jinja: from `messages` to the prompt, for transformers, vLLM and llama.cpp.
+        ollama: from .System and .Prompt to the prompt, as Ollama's TEMPLATE.
     """
 
     jinja: str
+    ollama: str
     takes_chats = True
 
     @property
@@ -97,25 +111,66 @@ class ChatTemplate:
         return self._content(row.output, learnt=True)
 
 
+TASK = "Below is an instruction that describes a task"
+REQUEST = "Write a response that appropriately completes the request."
+SENTENCES = f"{TASK}. {REQUEST}"
+SENTENCES_WITH_INPUT = f"{TASK}, paired with an input that provides further context. {REQUEST}"
+
+# A system message stands in for the first sentences, as in vLLM's template_alpaca.jinja.
+ALPACA_JINJA = (
+    "{%- set without_input = '" + SENTENCES + r"\n\n' %}"
+    "\n{%- set with_input = '" + SENTENCES_WITH_INPUT + r"\n\n' %}"
+    r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set content = message['content'] %}
+    {%- if message['role'] == 'system' %}
+        {{- content + '\n\n' }}
+    {%- elif message['role'] == 'user' %}
+        {%- if loop.first %}
+            {{- with_input if '\n\n### Input:\n' in content else without_input }}
+        {%- endif %}
+        {{- '### Instruction:\n' + content + '\n\n' }}
+    {%- else %}
+        {{- '### Response:\n' + content + eos_token }}
+        {{- '' if loop.last else '\n\n' }}
+    {%- endif %}
+{%- endfor %}
+{{- '### Response:\n' if add_generation_prompt else '' }}"""
+)
+
+PLAIN_JINJA = """{{- bos_token }}
+{%- for message in messages %}
+    {{- message['content'] }}
+    {%- if message['role'] == 'assistant' %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+
 Template = PromptTemplate | ChatTemplate
 
 ALPACA = PromptTemplate(
     with_input=(
-        "Below is an instruction that describes a task, paired with an input that provides "
-        "further context. Write a response that appropriately completes the request.\n\n"
+        f"{SENTENCES_WITH_INPUT}\n\n"
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     ),
-    without_input=(
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:\n"
+    without_input=f"{SENTENCES}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
+    jinja=ALPACA_JINJA,
+    ollama=(
+        "{{ if .System }}{{ .System }}{{ else }}" + SENTENCES + "{{ end }}\n\n"
+        "### Instruction:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}"
     ),
 )
 
 TEMPLATES: dict[TemplateName, Template] = {
     "alpaca": ALPACA,
     # No words of its own: the record is a text and its continuation, as in pretraining.
-    "plain": PromptTemplate(with_input="{instruction}\n{input}", without_input="{instruction}"),
+    "plain": PromptTemplate(
+        with_input="{instruction}\n{input}",
+        without_input="{instruction}",
+        jinja=PLAIN_JINJA,
+        ollama="{{ .Prompt }}{{ .Response }}",
+    ),
     "llama3": ChatTemplate(
         jinja=(
             "{{ bos_token }}{% for turn in messages %}"
@@ -123,6 +178,12 @@ TEMPLATES: dict[TemplateName, Template] = {
             "{{ turn['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
             "{% if add_generation_prompt %}"
             "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+        ),
+        ollama=(
+            "{{ if .System }}<|start_header_id|>system<|end_header_id|>\n\n"
+            "{{ .System }}<|eot_id|>{{ end }}<|start_header_id|>user<|end_header_id|>\n\n"
+            "{{ .Prompt }}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+            "{{ .Response }}<|eot_id|>"
         ),
     ),
 }

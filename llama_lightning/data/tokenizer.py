@@ -28,6 +28,7 @@ LLAMA3_PATTERN = (
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
+PAD = "<|finetune_right_pad_id|>"
 # As in generation_config.json of the Instruct models; the base models write the first only.
 STOPS = (END_OF_TEXT, "<|eom_id|>", "<|eot_id|>")
 
@@ -40,7 +41,7 @@ def _llama3_special_tokens(first_id: int) -> dict[str, int]:
     named = {
         0: BEGIN_OF_TEXT,
         1: END_OF_TEXT,
-        4: "<|finetune_right_pad_id|>",
+        4: PAD,
         6: "<|start_header_id|>",
         7: "<|end_header_id|>",
         8: "<|eom_id|>",
@@ -67,6 +68,7 @@ class Tokenizer:
     """Text to token ids and back.
 
     Attributes:
+        ranks: bytes of each other token to its id.
         special_ids: special token text to id.
         bos_id: the token every text begins with.
         eos_id: the token that ends a text.
@@ -85,8 +87,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special_ids
         )
-        self._ranks = ranks
-        self.special_ids = special_ids
+        self.ranks, self.special_ids = ranks, special_ids
         self.bos_id = special_ids[BEGIN_OF_TEXT]
         self.eos_id = special_ids[END_OF_TEXT]
         self.stop_ids = [special_ids[name] for name in STOPS if name in special_ids]
@@ -167,7 +168,7 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """Tell one tokenizer from another by every token of it."""
-        tokens = repr((sorted(self._ranks.items()), sorted(self.special_ids.items())))
+        tokens = repr((sorted(self.ranks.items()), sorted(self.special_ids.items())))
         return hashlib.sha256(tokens.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:

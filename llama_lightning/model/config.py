@@ -4,6 +4,7 @@ Fields a config.json may hold and this network does not have are refused, never 
 Source: config.json of meta-llama/Llama-3.2-1B and -3B.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -147,11 +148,19 @@ def config_from_huggingface(raw: dict[str, Any]) -> LlamaConfig:
         raise ValueError(f"the key {error} is missing") from error
 
 
-def config_to_huggingface(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+def config_to_huggingface(
+    config: LlamaConfig, dtype: str, *, bos_id: int | None = None, stop_ids: Sequence[int] = ()
+) -> dict[str, Any]:
     """Write the dictionary of a config.json which transformers 4.57 and 5 both read right.
 
     The keys are version 4's: version 5 reads them, while 4.57 ignores version 5's `rope_parameters`
-    without a word. `dtype` is the name of the stored type, e.g. "bfloat16".
+    without a word.
+
+    Args:
+        config: the network's shape.
+        dtype: the name of the stored type, e.g. "bfloat16".
+        bos_id: the token every text begins with, if a tokenizer is known.
+        stop_ids: the tokens that end a response, likewise.
     """
     raw = asdict(config)
     del raw["dropout"]
@@ -167,4 +176,8 @@ def config_to_huggingface(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         "mlp_bias": False,
         "torch_dtype": dtype,
         **raw,
+        **({} if bos_id is None else {"bos_token_id": bos_id}),
+        **(
+            {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else [*stop_ids]} if stop_ids else {}
+        ),
     }

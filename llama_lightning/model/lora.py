@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from llama_lightning.model.llama import Llama
+
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -71,6 +73,13 @@ class LoRALinear(nn.Module):
         adapted: Tensor = out + update.to(out.dtype)
         return adapted
 
+    def merged_weight(self) -> Tensor:
+        """Add the update to the matrix, (O, I), in fp32 at least."""
+        parts = (self.base_layer.weight, self.lora_A.weight, self.lora_B.weight)
+        wide = torch.promote_types(self.base_layer.weight.dtype, torch.float32)
+        base, down, up = (part.detach().to(wide) for part in parts)
+        return base + (up @ down) * self.scale
+
 
 def inject_lora(model: nn.Module, config: LoRAConfig, *, dtype: torch.dtype) -> None:
     """Freeze the model and wrap the linear layers that the config names, in place.
@@ -102,3 +111,36 @@ def inject_lora(model: nn.Module, config: LoRAConfig, *, dtype: torch.dtype) -> 
             # Merged, the update would land in the embedding too.
             raise ValueError(f"lora.target_modules: {last_name} is tied to the embedding; drop it")
         setattr(model.get_submodule(parent), last_name, LoRALinear(linear, config, dtype))
+
+
+def merge_lora(model: Llama, *, dtype: torch.dtype) -> Llama:
+    """Add the updates to their matrices, in fp32 at least, then cast; a network without LoRA.
+
+    The model given stays as it is. What is neither updated nor cast is shared with it.
+
+    Args:
+        model: with LoRA or without.
+        dtype: type of all weights of the result, which is on the CPU.
+
+    Raises:
+        ValueError: a weight that is not finite in this type.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():  # a tied head is listed once
+        if ".lora_" in name:
+            continue
+        weight = parameter.detach()
+        if name.endswith(".base_layer.weight"):
+            adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            assert isinstance(adapted, LoRALinear)
+            weight = adapted.merged_weight()
+        weight = weight.to("cpu", dtype)
+        name = name.replace(".base_layer.", ".")
+        if not all(bound.isfinite() for bound in weight.aminmax()):  # NaN goes through both
+            raise ValueError(f"{name} holds NaN or infinity in {dtype}".replace("torch.", ""))
+        weights[name] = weight
+    with torch.device("meta"):
+        merged = Llama(model.config)
+    merged.load_state_dict(weights, strict=False, assign=True)  # lacks a tied head
+    merged.tie_head()
+    return merged.eval()

@@ -9,11 +9,13 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from llama_lightning.errors import UsageError
+from llama_lightning.errors import DataError, UsageError
 from llama_lightning.training.callbacks import ParameterTable, Throughput
-from llama_lightning.training.checkpoint_io import AtomicCheckpointIO
+from llama_lightning.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from llama_lightning.training.clearml_logger import ClearMLLogger
+from llama_lightning.training.export import Export, Format, StoredType, export
 from llama_lightning.training.last_and_best import LastAndBest
+from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.progress import RunProgress
 from llama_lightning.training.run_logger import RunLogger
 from llama_lightning.training.signals import StopOnSignal
@@ -132,3 +134,55 @@ class Trainer(pl.Trainer):
             raise UsageError(
                 "neither trainer.max_steps nor trainer.max_epochs is given; set one of them"
             )
+
+    def export(
+        self,
+        model: LlamaModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | None = None,
+        format: Format = "auto",
+        output: str | None = None,
+        dtype: StoredType = "auto",
+        overwrite: bool = False,
+    ) -> None:
+        """Write a trained model, or the base, for other programs.
+
+        Args:
+            model: the module, with its weights or still without.
+            datamodule: its tokenizer, its template, and the validation part to measure on.
+            ckpt_path: a file written by fit; without it the model as it is.
+            format: `peft` (the adapter), `hf` (a folder for transformers and vLLM) or `gguf` (for
+                llama.cpp and Ollama); `auto` is peft for LoRA and hf for a full run.
+            output: the folder to write.
+            dtype: type of the weights; `auto` is the one in which the run computes its products;
+                `q8_0` is for gguf.
+            overwrite: an earlier export in `output` is replaced.
+
+        Raises:
+            UsageError: a format that cannot hold it, or an output that is not empty.
+            CheckpointError: a checkpoint of another base, or trained otherwise.
+            WeightsError: a disk that is full.
+        """
+        if output is None:
+            raise UsageError("output: not given; name the folder to write, --output FOLDER")
+        if self.world_size > 1:
+            raise UsageError("export runs in one process; set trainer.devices to 1")
+        what = Export(Path(output), format, dtype, overwrite)
+        what.check(model)
+        if what.kind(model) == "peft" and ckpt_path is None and model.model is None:
+            raise UsageError("format peft: without ckpt_path there is no adapter; use hf or gguf")
+        model.trainer = datamodule.trainer = self
+        try:
+            datamodule.setup("validate")
+        except DataError as error:
+            print(f"the validation loss is not measured: {error}")
+        model.configure_model()
+        steps = 0
+        if ckpt_path is not None:
+            checkpoint = read_checkpoint(ckpt_path)
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"], strict=False)
+            datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+            steps = int(checkpoint["global_step"])
+        model = self.precision_plugin.convert_module(model)  # type: ignore[assignment]
+        export(self, model.to(self.strategy.root_device), datamodule, what, steps=steps)

@@ -5,12 +5,13 @@ Only safetensors: a pickle could run code.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from llama_lightning.errors import WeightsError
 from llama_lightning.model.config import LlamaConfig, config_from_huggingface, config_to_huggingface
@@ -20,6 +21,7 @@ from llama_lightning.weights.assembly import NamedTensor, assemble_llama
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+MAX_SHARD_BYTES = 5e9  # as transformers 4 has it
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -95,11 +97,49 @@ def load_huggingface(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -
     return assemble_llama(tensors, config, dtype=dtype, folder=folder, config_file=CONFIG_FILE)
 
 
-def save_huggingface(model: Llama, folder: Path) -> None:
-    """Write config.json and model.safetensors; a tied head is not written twice."""
+def _shards(tensors: dict[str, Tensor], max_bytes: float) -> list[dict[str, Tensor]]:
+    """Share tensors out, in their order, over as many files as keep each within `max_bytes`."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    return shards
+
+
+def save_huggingface(
+    model: Llama,
+    folder: Path,
+    *,
+    bos_id: int | None = None,
+    stop_ids: Sequence[int] = (),
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights; a tied head is not written twice.
+
+    Args:
+        model: without LoRA.
+        folder: made if it is not there.
+        bos_id: for config.json: the token every text begins with.
+        stop_ids: likewise: the tokens that end a response.
+        max_shard_bytes: one file up to this size, else several and their index.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    shards = _shards(tensors, max_shard_bytes)
+    names = [WEIGHTS_FILE]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {key: name for name, s in zip(names, shards, strict=True) for key in s},
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    text = json.dumps(config_to_huggingface(model.config, dtype), indent=2)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    raw = config_to_huggingface(model.config, dtype, bos_id=bos_id, stop_ids=stop_ids)
+    (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama_lightning.model.llama import Llama
-from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig, LoRALinear, inject_lora
+from llama_lightning.model.lora import (
+    LLAMA_LINEARS,
+    LoRAConfig,
+    LoRALinear,
+    inject_lora,
+    merge_lora,
+)
 from llama_lightning.model.loss import summed_cross_entropy, supervised_logits
 from llama_lightning.records import IGNORE_INDEX
 from tests.model.oracle import (
@@ -258,3 +264,47 @@ def test_dropout_is_on_the_update_and_only_in_training() -> None:
     model.train()
     assert not torch.equal(model(tokens), plain(tokens))
     assert not torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_merged_is_peft_merged(tied: bool) -> None:
+    model = small_llama(small_config(tie_word_embeddings=tied), std=0.1)
+    twin = huggingface_twin(model)
+    inject_lora(model, LORA, dtype=torch.float32)
+    lora = randomise_lora(model)
+    theirs = peft_twin(twin, LORA, lora).merge_and_unload().eval()
+    before, tokens = _copies(model), _tokens()
+    merged = merge_lora(model, dtype=torch.float32)
+    assert merged.state_dict().keys() == theirs.state_dict().keys()
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        ours = merged(tokens)
+        difference = max_difference(ours, theirs(tokens, use_cache=False).logits)
+        unmerged = max_difference(ours, model(tokens))
+    print(f"max |logit difference| to PEFT's merged {difference:.1e}, unmerged {unmerged:.1e}")
+    assert difference <= 1e-4
+    assert unmerged <= 1e-4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _copies(model).items())
+
+
+def test_merged_in_fp32_then_cast() -> None:
+    model = small_llama().bfloat16()
+    inject_lora(model, LORA, dtype=torch.float32)
+    lora = randomise_lora(model)
+    name = "model.layers.1.mlp.up_proj"
+    base = model.get_submodule(name).base_layer.weight.detach()
+    update = lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"] * 2.0
+    merged = merge_lora(model, dtype=torch.bfloat16).get_submodule(name).weight
+    assert torch.equal(merged, (base.float() + update).bfloat16())
+    in_bf16 = base + update.bfloat16()
+    rounded = (merged != in_bf16).float().mean().item()
+    print(f"added in bf16 instead, {rounded:.1%} of the weights would differ")
+    assert rounded > 0.05
+
+
+def test_a_weight_that_the_type_cannot_hold_is_named() -> None:
+    model = small_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e5
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight holds .* in float16"):
+        merge_lora(model, dtype=torch.float16)

@@ -127,6 +127,26 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_transformers_loads_the_shards_we_save(tied: bool, tmp_path: Path) -> None:
+    model = small_llama(small_config(tie_word_embeddings=tied))
+    save_huggingface(model, tmp_path, max_shard_bytes=1_000_000)
+    files = weight_files(tmp_path)
+    sizes = [file.stat().st_size for file in files]
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    assert not (tmp_path / WEIGHTS_FILE).exists()
+    assert len(files) > 2
+    assert max(sizes) < 1_010_000  # the heads of the files
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
+    twin, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, theirs = model.state_dict(), twin.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    again = _load(tmp_path).state_dict()
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    print(f"{len(files)} files of {', '.join(f'{size:,}' for size in sizes)} bytes")
+
+
 def test_weights_are_cast_to_the_type_asked_for(tmp_path: Path) -> None:
     model = small_llama()
     save_huggingface(model, tmp_path)
