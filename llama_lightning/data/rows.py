@@ -136,10 +136,13 @@ def _row(
             has = ", ".join(map(repr, record))
             raise DataError(f"{where}: no column '{column}'{key}; it has {has}")
 
+    instruction = columns.get("instruction", "instruction")
     for field in CHATS:
         column = columns.get(field, field)
-        # A Parquet file of records of both kinds has both columns, one of them null.
-        if record.get(column) is not None:
+        # A Parquet file of records of both kinds has both columns, one of them null. An Alpaca
+        # record may have a column of such a name beside its own.
+        asked_for = field in columns or record.get(instruction) is None
+        if asked_for and record.get(column) is not None:
             turns = _turns(record[column], column, field, where, need_output)
             row = chat_row(row_id, turns)
             if row.turns and not take_chats:
@@ -148,7 +151,7 @@ def _row(
                     "but llama3's; set data.template to llama3"
                 )
             return row
-        if field in columns and columns.get("instruction", "instruction") not in record:
+        if field in columns and instruction not in record:
             need(field)
     need("instruction")
     if need_output:

@@ -226,6 +226,14 @@ def test_records_and_chats_may_stand_in_one_file(tmp_path):
     assert list(read_rows(path)) == [Row(0, "i", "", "o"), chat_row(1, CHAT)]
 
 
+def test_an_alpaca_record_may_have_a_column_of_that_name(tmp_path):
+    record = {"instruction": "i", "output": "o", "conversations": "none"}
+    path = write(tmp_path / "a.jsonl", record, {**record, "messages": messages(CHAT)})
+    assert list(read_rows(path)) == [Row(0, "i", "", "o"), Row(1, "i", "", "o")]
+    path = write(tmp_path / "a.jsonl", {**record, "messages": messages(CHAT)})
+    assert list(read_rows(path, columns={"messages": "messages"})) == [chat_row(0, CHAT)]
+
+
 def test_prompts_to_answer_may_end_with_the_user(tmp_path):
     path = write(tmp_path / "a.jsonl", {"messages": messages(CHAT[:3])})
     (row,) = read_rows(path, need_output=False)

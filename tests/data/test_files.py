@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,13 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, base, name, content, say
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(cache.iterdir()) == []  # nothing half-cached
+
+
+def test_parquet_without_its_package(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", [RECORD])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as Python itself marks what is not there
+    with pytest.raises(DataError, match=r"a.parquet: .parquet needs pip install -e '.\[parquet\]'"):
+        list(read_rows(path))
 
 
 def test_a_parquet_cut_in_the_middle(tmp_path):

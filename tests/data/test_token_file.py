@@ -194,13 +194,13 @@ SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 READY = """
 import sys, time
 from llama_lightning.data.alpaca import AlpacaDataModule
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 data = AlpacaDataModule(path=sys.argv[1], tokenizer=sys.argv[2], cache_dir=sys.argv[3])
 data.setup("fit")
 next(iter(data.train_dataloader()))
-seconds = time.perf_counter() - start
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 status = open("/proc/self/status").read().split()
-print(seconds, int(status[status.index("VmHWM:") + 1]) / 1024)
+print(seconds, cpu, int(status[status.index("VmHWM:") + 1]) / 1024)
 """
 
 
@@ -211,7 +211,8 @@ print(seconds, int(status[status.index("VmHWM:") + 1]) / 1024)
 def test_52_000_records_are_ready_at_once(tmp_path, suffix):
     real = json.loads((SHARED / "alpaca_en_demo.json").read_text(encoding="utf-8"))
 
-    def ready(count: int) -> tuple[float, float]:
+    def ready(count: int) -> tuple[float, float, float]:
+        """Measure seconds on the clock, seconds of a core, and the peak memory in MiB."""
         path = tmp_path / f"{count}{suffix}"
         if not path.exists():
             records = ({**real[i % len(real)], "input": f"number {i}"} for i in range(count))
@@ -221,14 +222,16 @@ def test_52_000_records_are_ready_at_once(tmp_path, suffix):
         arguments = [path, SHARED / "llama3-tokenizer.model", tmp_path / "cache"]
         command = [sys.executable, "-c", READY, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds, mib = map(float, done.stdout.split())
-        return seconds, mib
+        seconds, cpu, mib = map(float, done.stdout.split())
+        return seconds, cpu, mib
 
     few, first, again = ready(1000), ready(52_000), ready(52_000)
     print(
-        f"{suffix}: ready in {first[0]:.1f} s, then in {again[0]:.2f} s; peak memory of 1,000 "
-        f"records {few[1]:.0f} MiB, of 52,000 {first[1]:.0f} MiB, then {again[1]:.0f} MiB"
+        f"{suffix}: ready in {first[0]:.1f} s ({first[1]:.1f} s of a core), then in {again[0]:.1f} "
+        f"({again[1]:.2f}); peak memory of 1,000 records {few[2]:.0f} MiB, of 52,000 "
+        f"{first[2]:.0f} MiB, then {again[2]:.0f} MiB"
     )
-    assert first[0] < 20
-    assert again[0] < 2
-    assert max(first[1], again[1]) - few[1] < 200
+    # It is one thread's work: on a machine that others use too, the clock counts their time.
+    assert first[1] < 20
+    assert again[1] < 2
+    assert max(first[2], again[2]) - few[2] < 200
