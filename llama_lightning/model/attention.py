@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llama_lightning.records import Prefixes
+
 # A row joins a grid when it fills at least this part of the grid's width: less padding is computed,
 # at the price of more grids. On Alpaca-like lengths this makes 5 to 8 grids a batch.
 MIN_FILL = 0.7
@@ -18,8 +20,8 @@ MIN_FILL = 0.7
 class RaggedRows(NamedTuple):
     """Where the tokens of a flat batch stand in padded grids of similar rows, and back."""
 
-    to_grids: list[Tensor]  # (b, s) each: index into the T flat tokens; pads repeat the row's last
-    from_cells_T: Tensor  # index into the cells of all grids, laid end to end
+    to_grids: list[Tensor]  # (b, s) each: index into the flat tokens; pads repeat the row's last
+    from_cells: Tensor  # index into the cells of all grids, laid end to end
 
 
 def padded_grid(starts_B: Tensor, lengths_B: Tensor) -> Tensor:
@@ -31,11 +33,13 @@ def padded_grid(starts_B: Tensor, lengths_B: Tensor) -> Tensor:
     return starts_B[:, None] + torch.minimum(steps_S, lengths_B[:, None] - 1)
 
 
-def ragged_rows(boundaries: Tensor) -> RaggedRows:
+def ragged_rows(boundaries: Tensor, prefixes: Prefixes | None = None) -> RaggedRows:
     """Sort the rows of a flat batch into grids, once for all layers.
 
     Args:
         boundaries: (B + 1,) int64; row b is tokens[boundaries[b]:boundaries[b + 1]].
+        prefixes: if given, the flat tokens are the distinct ones only. Each row still has all its
+            own in its grid; attention computes a shared one once a row and reads one result.
     """
     starts_B, lengths_B = boundaries[:-1], boundaries.diff()
     order = lengths_B.argsort(descending=True, stable=True)
@@ -50,7 +54,11 @@ def ragged_rows(boundaries: Tensor) -> RaggedRows:
             first = row
     cells = torch.cat(real).nonzero().squeeze(1)
     tokens = torch.cat([grid.flatten() for grid in grids])[cells]
-    return RaggedRows(grids, cells[tokens.argsort()])
+    from_cells_T = cells[tokens.argsort()]
+    if prefixes is None:
+        return RaggedRows(grids, from_cells_T)
+    grids = [prefixes.representative[grid] for grid in grids]
+    return RaggedRows(grids, from_cells_T[prefixes.distinct])
 
 
 def attention(
@@ -77,7 +85,7 @@ def attention(
         # In a grid padded on the right, causality alone hides the pads from every real token, so a
         # record can see neither pads nor its neighbours. Pad cells are never read back.
         grids = [attention(q[grid], k[grid], v[grid]).flatten(0, 1) for grid in rows.to_grids]
-        return torch.cat(grids)[rows.from_cells_T]
+        return torch.cat(grids)[rows.from_cells]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
     )

@@ -33,7 +33,7 @@ def test_rows_are_sorted_into_grids_of_similar_length() -> None:
         [[19, 20, 21]],
         [[0, 1]],
     ]
-    assert rows.from_cells_T.tolist() == [21, 22, *range(9), *range(9, 17), 18, 19, 20]
+    assert rows.from_cells.tolist() == [21, 22, *range(9), *range(9, 17), 18, 19, 20]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_grids_and_back_are_the_identity(lengths: list[int]) -> None:
         assert (row_of[grid] == row_of[grid[:, :1]]).all()  # no cell of a line is another row's
         assert all(len(line.unique()) >= MIN_FILL * grid.shape[1] for line in grid)
     cells = torch.cat([flat[grid].flatten() for grid in rows.to_grids])
-    assert torch.equal(cells[rows.from_cells_T], flat)
+    assert torch.equal(cells[rows.from_cells], flat)
 
 
 def test_flat_attention_is_the_attention_of_each_row() -> None:
