@@ -70,7 +70,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         mixed = attention(q, k, v, rows=rows, mask=mask).flatten(-2)
-        out: Tensor = self.o_proj(mixed if wanted is None else mixed[wanted])
+        out: Tensor = self.o_proj(mixed if wanted is None else mixed.index_select(0, wanted))
         return out
 
 
@@ -111,7 +111,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Transform (..., T, D); of a flat batch, return the wanted positions, by default all."""
         mixed = self.self_attn(self.input_layernorm(x), rope, rows, cache, mask, wanted)
-        x = x if wanted is None else x[wanted]
+        x = x if wanted is None else x.index_select(0, wanted)
         x = x + F.dropout(mixed, self.dropout, self.training)
         return x + F.dropout(
             self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training
