@@ -33,6 +33,13 @@ def _logits(hidden: Tensor, lm_head: nn.Module) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _add(sums: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
+    """Add in place; without sums yet, the terms are their beginning."""
+    for total, term in zip(sums, terms, strict=False):
+        total += term
+    return sums or terms
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Take each chunk's gradient as soon as its loss is known, and drop its logits."""
 
@@ -47,26 +54,22 @@ class _SummedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()
                 loss = F.cross_entropy(_logits(hidden, lm_head), targets, reduction="sum")
-            hidden_gradient, *gradients = torch.autograd.grad(loss, [hidden, *weights])
+            gradients = list(torch.autograd.grad(loss, [hidden, *weights]))
             losses.append(loss.detach())
-            of_hidden.append(hidden_gradient)
-            for total, gradient in zip(of_weights, gradients, strict=False):
-                total += gradient
-            of_weights = of_weights or gradients
-        ctx.gradients = [torch.cat(of_hidden), *of_weights]
+            of_hidden.append(gradients.pop(0))
+            of_weights = _add(of_weights, gradients)
+            del loss, gradients  # large, and not needed while the next are made
+        ctx.save_for_backward(torch.cat(of_hidden), *of_weights)
         return torch.stack(losses).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, for they are large
-        return None, None, *(gradient.mul_(factor) for gradient in gradients)
+        return None, None, *(gradient * factor for gradient in ctx.saved_tensors)
 
 
 def summed_cross_entropy(hidden_LD: Tensor, targets_L: Tensor, lm_head: nn.Module) -> Tensor:
     """Sum the losses over positions. The caller divides: it alone knows the step's token count.
-
-    Its graph can be walked backwards once.
 
     Args:
         hidden_LD: at supervised positions.
