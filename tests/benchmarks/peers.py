@@ -44,7 +44,7 @@ FULL = {"hf": PACKED, "litgpt": PACKED, "torchtune": PACKED}
 
 
 def groups(shape: str) -> dict[str, Group]:
-    """List the comparisons; a packed row of 512 holds some 9 records of one file, 3 of the other."""
+    """List the comparisons. A packed row of 512 holds some 9 short records, or 3 long ones."""
     lora, every = ["--shape", shape], ["--shape", shape, "--targets", "all"]
     full = ["--mode", "full", "--shape"]
     return {

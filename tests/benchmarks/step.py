@@ -109,21 +109,19 @@ class Quiet(SimpleProfiler):
         )
 
 
-def generate_records(path: Path, count: int) -> None:
-    """Write records whose lengths are spread like Alpaca's: answers of 1 to 400 words, mean 65."""
+def generate_records(path: Path, count: int, words: int) -> None:
+    """Write records of so many words an answer; by default (0) spread as in Alpaca, mean 60."""
     rng = random.Random(0)
-    words = ["the", "of", "a", "to", "in", "is", "for", "on", "with", "as", "by", "at", "from"]
+    some = ["the", "of", "a", "to", "in", "is", "for", "on", "with", "as", "by", "at", "from"]
 
     def text(size: float) -> str:
-        return " ".join(rng.choices(words, k=max(1, min(400, round(size)))))
+        return " ".join(rng.choices(some, k=max(1, min(400, round(size)))))
 
-    records = [
-        {
-            "instruction": text(rng.lognormvariate(2.3, 0.4)),
-            "output": text(rng.lognormvariate(3.6, 1)),
-        }
-        for _ in range(count)
-    ]
+    records = []
+    for _ in range(count):
+        instruction, size = text(rng.lognormvariate(2.3, 0.4)), rng.lognormvariate(3.6, 1)
+        output = " ".join(rng.choices(some, k=words)) if words else text(size)
+        records.append({"instruction": instruction, "output": output})
     path.write_text(json.dumps(records))
 
 
@@ -143,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--generated", type=int, default=0, help="so many generated records instead"
     )
+    parser.add_argument("--words", type=int, default=0, help="an answer of a generated record")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "llama3-tokenizer.model")
     parser.add_argument("--batch", type=int, default=9, help="records a step")
     parser.add_argument("--accumulate", type=int, default=1)
@@ -251,7 +250,7 @@ def main() -> None:
         records = args.records
         if args.generated:
             records = Path(scratch) / "records.json"
-            generate_records(records, args.generated)
+            generate_records(records, args.generated, args.words)
         clock, profiler = fit(args, folder, records)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     ceiling = matmul_ceiling(dtype, args.device)
