@@ -24,6 +24,16 @@ class Example(NamedTuple):
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
+class Prefixes(NamedTuple):
+    """Which tokens of a flat batch begin alike: they and all before them, to their record's start.
+
+    A causal network computes the same for each of those, so the first can stand for all.
+    """
+
+    distinct: Tensor  # (U,) int64: index into the T tokens, those that stand for others or alone
+    representative: Tensor  # (T,) int64: index into `distinct`, which of them stands for a token
+
+
 class Batch(NamedTuple):
     """One micro-batch of training records, laid end to end without padding.
 
@@ -36,6 +46,7 @@ class Batch(NamedTuple):
     boundaries: Tensor  # (R + 1,) int64: record r is tokens[boundaries[r]:boundaries[r + 1]]
     num_step_targets: Tensor  # () int64: target tokens of the WHOLE optimizer step, on all ranks
     row_ids: Tensor  # (R,) int64
+    prefixes: Prefixes  # of its records
 
 
 class PromptBatch(NamedTuple):

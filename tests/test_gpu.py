@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from llama_lightning.cli import main
+from llama_lightning.data.prefixes import find_prefixes
+from llama_lightning.model.attention import attention, ragged_rows, varlen_kernel
 from llama_lightning.model.generate import generate
 from llama_lightning.model.sampling import GenerationConfig
-from llama_lightning.records import PromptBatch
+from llama_lightning.records import Prefixes, PromptBatch
 from tests.model.oracle import small_llama
 from tests.small import write_byte_tokenizer, write_small_llama
 
@@ -36,6 +38,29 @@ def test_flat_logits_equal_the_cpus() -> None:
     error = float((found - expected).abs().max())
     print(f"{torch.cuda.get_device_name()}: largest difference of a logit {error:.1e}")
     assert error <= 1e-3
+
+
+@pytest.mark.skipif(varlen_kernel() is None, reason="torch has no varlen_attn with enable_gqa")
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_end_to_end_by_the_flash_kernel_equal_fp32_grids(shared: bool) -> None:
+    tokens = [[1, 2, 3] * 30, [1, 2, 3, 4] * 20, [1, 2], [7] * 300]
+    lengths = torch.tensor([len(row) for row in tokens])
+    boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).cuda()
+    prefixes = Prefixes(*(t.cuda() for t in find_prefixes(tokens))) if shared else None
+    rows = ragged_rows(boundaries, prefixes)
+    count = int(lengths.sum()) if prefixes is None else len(prefixes.distinct)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):  # the kernel; grids
+        torch.manual_seed(0)
+        q = torch.randn(count, 8, 64).bfloat16().cuda()
+        k, v = torch.randn(2, count, 2, 64).bfloat16().cuda()
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, rows=rows)
+        out.float().square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
+    print(f"relative differences of the output and the gradients of q, k, v: {errors}")
+    assert max(errors) <= 2e-2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from llama_lightning.data.prefixes import find_prefixes
 from llama_lightning.records import Batch, Example, PromptBatch
 
 
@@ -120,6 +121,7 @@ def collate(examples: Sequence[Example], num_step_targets: int) -> Batch:
         boundaries=_boundaries([e.tokens for e in examples]),
         num_step_targets=torch.tensor(num_step_targets, dtype=torch.int64),
         row_ids=torch.tensor([e.row_id for e in examples], dtype=torch.int64),
+        prefixes=find_prefixes([e.tokens for e in examples]),
     )
 
 

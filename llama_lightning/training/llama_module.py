@@ -22,7 +22,11 @@ from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.generate import generate
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
-from llama_lightning.model.loss import summed_cross_entropy, supervised_logits
+from llama_lightning.model.loss import (
+    loss_and_hits,
+    summed_cross_entropy,
+    supervised_positions,
+)
 from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Batch, Generation, PromptBatch
 from llama_lightning.training.checkpoint_io import read_checkpoint
@@ -49,6 +53,8 @@ class LlamaModule(LightningModule):
         optimizer: AdamW and its schedule.
         generation: how predict answers.
         gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        share_prefixes: compute equal beginnings of a micro-batch's prompts once. Without effect on
+            the result, and off by itself while dropout draws a mask for each record.
         dropout: on what attention and MLP add to the residual stream, in training.
         qkv_bias: biases on q, k and v; those the base does not have start at zero.
         base_dtype: type of the frozen weights beside LoRA. Trained weights are fp32 (bf16 under
@@ -64,6 +70,7 @@ class LlamaModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         generation: GenerationConfig = GenerationConfig(),  # noqa: B008 - frozen
         gradient_checkpointing: bool = False,
+        share_prefixes: bool = True,
         dropout: float = 0.0,
         qkv_bias: bool = False,
         base_dtype: Literal["bfloat16", "float32"] = "bfloat16",
@@ -82,6 +89,7 @@ class LlamaModule(LightningModule):
             lora = agreed_lora(lora, self.adapter)
         self.lora, self.optimizer, self.generation = lora, optimizer, generation
         self.gradient_checkpointing = gradient_checkpointing
+        self.share_prefixes = share_prefixes
         self.dropout, self.qkv_bias = dropout, qkv_bias
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.model: Llama | None = None
@@ -169,6 +177,11 @@ class LlamaModule(LightningModule):
         self._seed = torch.initial_seed()
         # On the device from the start: a rank may have no record in its first step.
         self._step_loss = torch.zeros((), device=self.device)
+        if self.share_prefixes and self._has_dropout:
+            rank_zero_info(
+                "model: equal beginnings of prompts are computed for each record, since dropout "
+                "draws a mask for each (model.share_prefixes)"
+            )
 
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a step.
@@ -202,16 +215,28 @@ class LlamaModule(LightningModule):
             # Every parameter takes part, or DDP would skip its all-reduce and hang or go wrong.
             sums = [p.sum() for p in self.parameters() if p.requires_grad]
             return 0.0 * torch.stack(sums).sum()
-        logits, targets = self._supervised(batch)
-        share = summed_cross_entropy(logits, targets) / batch.num_step_targets
+        hidden, targets = self._supervised(batch)
+        loss = summed_cross_entropy(hidden, targets, self._llama.lm_head)
+        share = loss / batch.num_step_targets
         self._step_loss = self._step_loss + share.detach()
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    @property
+    def _has_dropout(self) -> bool:
+        return self.dropout > 0.0 or (self.lora.rank > 0 and self.lora.dropout > 0.0)
+
     def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states at the supervised positions, (L, D), and what should follow there."""
+        share = self.share_prefixes and not (self.training and self._has_dropout)
+        supervised = supervised_positions(batch.labels)
         hidden = self._llama.model(
-            batch.tokens, positions=batch.positions, boundaries=batch.boundaries
+            batch.tokens,
+            positions=batch.positions,
+            boundaries=batch.boundaries,
+            prefixes=batch.prefixes if share else None,
+            wanted=supervised,
         )
-        return supervised_logits(hidden, self._llama.lm_head, batch.labels)
+        return hidden, batch.labels[supervised]
 
     def configure_gradient_clipping(
         self,
@@ -259,10 +284,10 @@ class LlamaModule(LightningModule):
     def _measure(self, batch: Batch) -> None:
         if len(batch.row_ids) == 0:
             return
-        logits, targets = self._supervised(batch)
-        self.eval_loss.update(summed_cross_entropy(logits, targets) / len(targets), len(targets))
-        correct = (logits.argmax(-1) == targets).double().mean()
-        self.eval_accuracy.update(correct, len(targets))
+        hidden, targets = self._supervised(batch)
+        loss, hits = loss_and_hits(hidden, targets, self._llama.lm_head)
+        self.eval_loss.update(loss / len(targets), len(targets))
+        self.eval_accuracy.update(hits.double() / len(targets), len(targets))
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and token accuracy of the validation part."""
@@ -308,6 +333,7 @@ class LlamaModule(LightningModule):
             "optimizer": asdict(self.optimizer),
             "generation": asdict(self.generation),
             "gradient_checkpointing": self.gradient_checkpointing,
+            "share_prefixes": self.share_prefixes,
             "dropout": self.dropout,
             "qkv_bias": self.llama_config.qkv_bias,
             "base_dtype": str(self.base_dtype).removeprefix("torch."),

@@ -199,11 +199,17 @@ def test_evaluation_sees_each_example_once_in_order(count, batch_size, world_siz
 
 
 def assert_arrays(batch, **expected) -> None:
+    if "prefixes" in expected:
+        distinct, representative = expected.pop("prefixes")
+        assert_arrays(batch.prefixes, distinct=distinct, representative=representative)
+        batch = {name: value for name, value in batch._asdict().items() if name != "prefixes"}
+    else:
+        batch = batch._asdict()
     for name, values in expected.items():
-        actual = getattr(batch, name)
+        actual = batch[name]
         assert actual.dtype == torch.int64, name
         assert actual.tolist() == values, name
-    assert set(expected) == set(batch._fields)
+    assert set(expected) == set(batch)
 
 
 def test_a_batch_written_out():
@@ -219,6 +225,7 @@ def test_a_batch_written_out():
         "boundaries": [0, 3, 4, 6],
         "num_step_targets": 31,
         "row_ids": [4, 9, 2],
+        "prefixes": ([0, 1, 2, 5], [0, 1, 2, 0, 0, 3]),
     }
     assert_arrays(collate(examples, 31), **expected)
     assert_arrays(Batches([examples[0], *examples])[MicroBatch([1, 2, 3], 31)], **expected)
@@ -234,6 +241,7 @@ def test_an_empty_batch_written_out():
         boundaries=[0],
         num_step_targets=31,
         row_ids=[],
+        prefixes=([], []),
     )
 
 

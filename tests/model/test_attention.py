@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_lightning.model.attention import MIN_FILL, attention, padded_grid, ragged_rows
+from llama_lightning.data.prefixes import find_prefixes
+from llama_lightning.model.attention import (
+    MIN_FILL,
+    attention,
+    end_to_end,
+    padded_grid,
+    ragged_rows,
+    varlen_kernel,
+)
 from llama_lightning.model.llama import Block, Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from tests.model.oracle import (
@@ -33,7 +41,7 @@ def test_rows_are_sorted_into_grids_of_similar_length() -> None:
         [[19, 20, 21]],
         [[0, 1]],
     ]
-    assert rows.from_cells_T.tolist() == [21, 22, *range(9), *range(9, 17), 18, 19, 20]
+    assert rows.from_cells.tolist() == [21, 22, *range(9), *range(9, 17), 18, 19, 20]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +56,7 @@ def test_the_grids_and_back_are_the_identity(lengths: list[int]) -> None:
         assert (row_of[grid] == row_of[grid[:, :1]]).all()  # no cell of a line is another row's
         assert all(len(line.unique()) >= MIN_FILL * grid.shape[1] for line in grid)
     cells = torch.cat([flat[grid].flatten() for grid in rows.to_grids])
-    assert torch.equal(cells[rows.from_cells_T], flat)
+    assert torch.equal(cells[rows.from_cells], flat)
 
 
 def test_flat_attention_is_the_attention_of_each_row() -> None:
@@ -64,6 +72,55 @@ def test_flat_attention_is_the_attention_of_each_row() -> None:
     difference = max_difference(flat, torch.cat(apart))
     print(f"max |difference| {difference:.1e} (bound 1e-12)")
     assert difference <= 1e-12
+
+
+def _rows_by_rows(q, k, v, q_ends, k_ends, longest_q, longest_k, *, window_size, enable_gqa):
+    """What torch's varlen_attn is documented to compute, one row after the other."""
+    assert q_ends.dtype == k_ends.dtype == torch.int32
+    assert (longest_q, longest_k) == (int(q_ends.diff().max()), int(k_ends.diff().max()))
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    spans = zip(q_ends.unfold(0, 2, 1).tolist(), k_ends.unfold(0, 2, 1).tolist(), strict=True)
+    return torch.cat(
+        [attention(q[None, a:b], k[None, c:d], v[None, c:d])[0] for (a, b), (c, d) in spans]
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_end_to_end_are_the_rows_over_grids(shared: bool) -> None:
+    # The kernel itself needs a GPU (test_gpu.py); where tokens stand for others is seen here.
+    tokens = [[1, 2, 3, 4], [1, 2, 5, 6, 7, 8], [1, 2, 3], [9]]
+    prefixes = find_prefixes(tokens) if shared else None
+    rows = ragged_rows(torch.tensor([0, 4, 10, 13, 14]), prefixes)
+    count = 14 if prefixes is None else len(prefixes.distinct)
+    q = torch.randn(count, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, count, 2, 8, dtype=torch.float64)
+    difference = max_difference(
+        end_to_end(q, k, v, rows, _rows_by_rows), attention(q, k, v, rows=rows)
+    )
+    print(f"{count} of 14 tokens: max |difference| {difference:.1e} (bound 1e-12)")
+    assert count == (9 if shared else 14)
+    assert difference <= 1e-12
+
+
+def test_torchs_kernel_is_taken_where_it_has_grouped_queries() -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert (varlen_kernel() is not None) == (version >= (2, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_16_bit_attention_is_no_worse_than_its_inputs(dtype: torch.dtype) -> None:
+    boundaries = torch.tensor([0, 12, 26, 37, 41])
+    q = torch.randn(41, 4, 8).to(dtype)
+    k, v = torch.randn(2, 41, 2, 8).to(dtype)
+    rows = ragged_rows(boundaries)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = attention(q, k, v, rows=rows)
+    exact = attention(q.double(), k.double(), v.double(), rows=rows)
+    error = max_difference(found, exact)
+    print(f"{dtype}: max |difference| to float64 {error:.1e}")
+    assert found.dtype == dtype
+    assert error <= {torch.bfloat16: 2**-7, torch.float32: 1e-6}[dtype]  # a rounding of values < 4
 
 
 def test_attention_is_the_softmax_written_out() -> None:

@@ -15,7 +15,7 @@ from llama_lightning.model.lora import (
     inject_lora,
     merge_lora,
 )
-from llama_lightning.model.loss import summed_cross_entropy, supervised_logits
+from llama_lightning.model.loss import summed_cross_entropy, supervised_positions
 from llama_lightning.records import IGNORE_INDEX
 from tests.model.oracle import (
     SMALL,
@@ -52,8 +52,9 @@ def _train(model: Llama, steps: list[list[tuple[int, int]]], *, weight_decay: fl
     for shapes in steps:
         batch = flat_batch(random_records(shapes))
         hidden = model.model(batch.tokens, positions=batch.positions, boundaries=batch.boundaries)
-        logits, targets = supervised_logits(hidden, model.lm_head, batch.labels)
-        (summed_cross_entropy(logits, targets) / len(targets)).backward()
+        learnt = supervised_positions(batch.labels)
+        loss = summed_cross_entropy(hidden[learnt], batch.labels[learnt], model.lm_head)
+        (loss / len(learnt)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama_lightning.model.llama import Llama
-from llama_lightning.model.lora import LoRAConfig, inject_lora
-from llama_lightning.model.loss import summed_cross_entropy, supervised_logits
+from llama_lightning.model.lora import LoRAConfig, LoRALinear, inject_lora
+from llama_lightning.model.loss import loss_and_hits, summed_cross_entropy, supervised_positions
 from llama_lightning.records import IGNORE_INDEX
 from tests.model.oracle import (
     SMALL,
@@ -18,12 +18,12 @@ from tests.model.oracle import (
     flat_batch,
     huggingface_twin,
     lora_parameters,
-    max_difference,
     padded_batch,
     peft_twin,
     random_records,
     randomise_lora,
     relative_difference,
+    small_config,
     small_llama,
     without_fp32_casts,
 )
@@ -62,8 +62,11 @@ def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _loss(model: Llama, batch: Flat) -> Tensor:
-    hidden = model.model(batch.tokens, positions=batch.positions, boundaries=batch.boundaries)
-    return summed_cross_entropy(*supervised_logits(hidden, model.lm_head, batch.labels))
+    learnt = supervised_positions(batch.labels)
+    hidden = model.model(
+        batch.tokens, positions=batch.positions, boundaries=batch.boundaries, wanted=learnt
+    )
+    return summed_cross_entropy(hidden, batch.labels[learnt], model.lm_head)
 
 
 def _num_targets(records: Sequence[Record]) -> int:
@@ -160,33 +163,83 @@ def test_a_wrong_batch_fails_the_comparison(name: str) -> None:
     assert worst > 100 * BOUNDS[torch.float32]
 
 
-def test_only_supervised_positions_meet_the_head() -> None:
-    model, batch = small_llama(), flat_batch(random_records(SHAPES))
+def _plain_loss(model: Llama, batch: Flat) -> Tensor:
+    """Everything everywhere: all logits at once, and autograd's own gradient."""
+    logits = model(batch.tokens, positions=batch.positions, boundaries=batch.boundaries)
+    return F.cross_entropy(logits, batch.labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 10_000])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_loss_in_chunks_has_the_plain_gradient_in_full_fine_tuning(
+    tied: bool, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", chunk)
+    model = small_llama(small_config(tie_word_embeddings=tied), std=0.05).to(dtype)
+    batch = flat_batch(random_records(SHAPES))
+    losses, gradients = [], []
+    for compute in (_loss, _plain_loss):
+        model.zero_grad()
+        loss = compute(model, batch)
+        (loss / 3).backward()  # the gradient formed at once has to be scaled afterwards
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    loss_error, worst = relative_difference(*losses), _worst(*gradients)
+    print(f"{dtype}, chunks of {chunk}: loss {loss_error:.1e}, worst gradient {worst:.1e}")
+    assert loss_error <= BOUNDS[dtype]
+    assert worst <= BOUNDS[dtype]
+
+
+def test_the_loss_in_chunks_trains_a_head_with_lora_too() -> None:
+    head = LoRALinear(nn.Linear(8, 50, bias=False), LORA, torch.float32).double()
+    head.base_layer.requires_grad_(False)
+    nn.init.normal_(head.lora_B.weight)
+    hidden = torch.randn(300, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(50, (300,))
+    summed_cross_entropy(hidden, targets, head).backward()
+    trained = [hidden, head.lora_A.weight, head.lora_B.weight]
+    found = [tensor.grad for tensor in trained]
+    expected = torch.autograd.grad(F.cross_entropy(head(hidden), targets, reduction="sum"), trained)
+    worst = max(relative_difference(*pair) for pair in zip(found, expected, strict=True))
+    print(f"worst gradient {worst:.1e} (bound 1e-9)")
+    assert head.base_layer.weight.grad is None
+    assert worst <= 1e-9
+
+
+def _rows_seen(module: nn.Module) -> list[int]:
     seen: list[int] = []
-    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
-    with torch.no_grad():
-        hidden = model.model(batch.tokens, boundaries=batch.boundaries)
-        logits, targets = supervised_logits(hidden, model.lm_head, batch.labels)
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    return seen
+
+
+def test_only_supervised_positions_meet_the_head_and_the_last_mlp(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 32)
+    model, batch = small_llama(), flat_batch(random_records(SHAPES))
     num_targets = sum(length - prompt for length, prompt in SHAPES)
+    head = _rows_seen(model.lm_head)
+    blocks = [_rows_seen(block.mlp) for block in model.model.layers]
+    output = _rows_seen(model.model.layers[-1].self_attn.o_proj)
+    _loss(model, batch).backward()
+    width = SMALL.hidden_size
     assert num_targets < len(batch.tokens)
-    assert seen == [num_targets * SMALL.hidden_size]
-    assert logits.shape == (num_targets, SMALL.vocab_size)
-    supervised = batch.labels != IGNORE_INDEX
-    assert torch.equal(targets, batch.labels[supervised])
-    with torch.no_grad():
-        everywhere = model(batch.tokens, boundaries=batch.boundaries)
-    difference = max_difference(logits, everywhere[supervised])
-    print(f"max |difference| to the logits of all positions {difference:.1e}")
-    assert difference <= 1e-5
+    assert [n // width for n in head] == [32] * (num_targets // 32) + [num_targets % 32]
+    assert blocks == [[len(batch.tokens) * width], [num_targets * width]]
+    assert output == [num_targets * SMALL.num_attention_heads * SMALL.head_dim]
 
 
-def test_rows_of_a_dense_batch_are_supervised_in_order() -> None:
-    labels = torch.tensor([[IGNORE_INDEX, 3], [4, IGNORE_INDEX]])
-    hidden = torch.randn(2, 2, 8)
+def test_evaluation_sums_the_loss_and_counts_hits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 4)
     head = nn.Linear(8, 5, bias=False)
-    logits, targets = supervised_logits(hidden, head, labels)
-    assert targets.tolist() == [3, 4]
-    assert max_difference(logits, head(torch.stack([hidden[0, 1], hidden[1, 0]]))) <= 1e-6
+    hidden, targets = torch.randn(10, 8), torch.randint(5, (10,))
+    loss, hits = loss_and_hits(hidden, targets, head)
+    logits = head(hidden)
+    expected = F.cross_entropy(logits, targets, reduction="sum").detach()
+    assert relative_difference(loss, expected) <= 1e-6
+    assert int(hits) == sum(
+        int(row.argmax()) == int(t) for row, t in zip(logits, targets, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,10 +250,14 @@ def test_rows_of_a_dense_batch_are_supervised_in_order() -> None:
         (torch.float64, torch.float64),
     ],
 )
-def test_logits_are_fp32_at_least(stored: torch.dtype, computed: torch.dtype) -> None:
+def test_the_loss_is_fp32_at_least(stored: torch.dtype, computed: torch.dtype) -> None:
     head = nn.Linear(8, 5, bias=False, dtype=stored)
-    logits, _ = supervised_logits(torch.randn(3, 8, dtype=stored), head, torch.tensor([1, 2, 3]))
-    assert logits.dtype == computed
+    hidden = torch.randn(3, 8, dtype=stored, requires_grad=True)
+    loss = summed_cross_entropy(hidden, torch.tensor([1, 2, 3]), head)
+    loss.backward()
+    assert loss.dtype == computed
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == stored
 
 
 def test_no_label_at_all_is_a_loss_of_zero() -> None:

@@ -85,7 +85,8 @@ class MeanOfMeans(Module):
     """What a LightningModule usually does: each micro-batch's mean, averaged by Lightning."""
 
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(*self._supervised(batch))
+        hidden, targets = self._supervised(batch)
+        return F.cross_entropy(self.model.lm_head(hidden), targets)
 
 
 class Recorder(Callback):
@@ -478,8 +479,8 @@ def test_validation_on_two_ranks_counts_every_token_once(two_ranks, expected, ev
 def test_a_validation_loss_that_is_not_a_number_shows(folder):
     class OneBatchBroken(Module):
         def _supervised(self, batch):
-            logits, targets = super()._supervised(batch)
-            return (logits * math.nan if 3 in batch.row_ids else logits), targets
+            hidden, targets = super()._supervised(batch)
+            return (hidden * math.nan if 3 in batch.row_ids else hidden), targets
 
     metrics = validate(folder, "32-true", 2, 1, OneBatchBroken)
     print(f"one of 6 batches is NaN: loss {metrics['val/loss']}")

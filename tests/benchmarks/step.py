@@ -1,0 +1,261 @@
+"""`python -m tests.benchmarks.step`: speed and memory of training, through the public path.
+
+Fits random weights of a real shape on real records with AlpacaDataModule, LlamaModule and Trainer
+and prints one JSON line. Tokens are those of records. `tok_s_cpu` divides by CPU seconds a thread:
+it holds still when others use the cores too (with OMP_WAIT_POLICY=PASSIVE). `wait` is the part of
+the time in which the loop waits for its next batch.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.profilers import SimpleProfiler
+
+from llama_lightning.data.alpaca import AlpacaDataModule
+from llama_lightning.model.llama import Llama
+from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig
+from llama_lightning.training.llama_module import LlamaModule
+from llama_lightning.training.optim import OptimizerConfig
+from llama_lightning.training.trainer import Trainer
+from tests.benchmarks.machine import (
+    machine_name,
+    matmul_ceiling,
+    memory,
+    seconds_since_start,
+    synchronize,
+)
+from tests.random_llama import SHAPES, write_random_llama
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+PRECISION = {
+    ("lora", "bf16"): "bf16-mixed",
+    ("full", "bf16"): "bf16-true",
+    ("lora", "fp32"): "32-true",
+    ("full", "fp32"): "32-true",
+}
+
+
+class FoldedData(AlpacaDataModule):
+    """Token numbers folded into a smaller vocabulary, for shapes narrower than the tokenizer."""
+
+    vocab_size: int
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.train_examples = [
+            e._replace(
+                tokens=[t % self.vocab_size for t in e.tokens],
+                labels=[t % self.vocab_size if t >= 0 else t for t in e.labels],
+            )
+            for e in self.train_examples
+        ]
+
+
+class Clock(Callback):
+    """Wall and CPU seconds of each step, its batch's loading included, and its tokens."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.steps: list[dict[str, float]] = []
+        self.first_step_at_s = 0.0
+
+    def on_train_start(self, trainer, pl_module):
+        self._tokens = self._supervised = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._tokens += len(batch.tokens)
+        self._supervised += int((batch.labels >= 0).sum())
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        synchronize(self.device)
+        self.first_step_at_s = self.first_step_at_s or seconds_since_start()
+        self.steps.append(
+            {
+                "wall": time.perf_counter() - self._wall,
+                "cpu": time.process_time() - self._cpu,
+                "tokens": self._tokens,
+                "supervised": self._supervised,
+                "loss": float(trainer.callback_metrics["train/loss"]),
+            }
+        )
+        self._tokens = self._supervised = 0
+        self._start()
+
+
+class Quiet(SimpleProfiler):
+    """Lightning's profiler without its report: it knows how long the loop waits for data."""
+
+    def describe(self) -> None:
+        pass
+
+    def waits(self) -> list[float]:
+        return next(
+            seconds
+            for name, seconds in self.recorded_durations.items()
+            if name.endswith("train_dataloader_next")
+        )
+
+
+def generate_records(path: Path, count: int, words: int) -> None:
+    """Write records of so many words an answer; by default (0) spread as in Alpaca, mean 60."""
+    rng = random.Random(0)
+    some = ["the", "of", "a", "to", "in", "is", "for", "on", "with", "as", "by", "at", "from"]
+
+    def text(size: float) -> str:
+        return " ".join(rng.choices(some, k=max(1, min(400, round(size)))))
+
+    records = []
+    for _ in range(count):
+        instruction, size = text(rng.lognormvariate(2.3, 0.4)), rng.lognormvariate(3.6, 1)
+        output = " ".join(rng.choices(some, k=words)) if words else text(size)
+        records.append({"instruction": instruction, "output": output})
+    path.write_text(json.dumps(records))
+
+
+def base_folder(shape: str, tokenizer: Path) -> Path:
+    """Random weights of a shape, written once and kept in the temporary folder."""
+    folder = Path(tempfile.gettempdir()) / "llama_lightning_benchmarks" / shape
+    if not (folder / "tokenizer.model").is_file():  # what is written last
+        write_random_llama(folder, shape, tokenizer=tokenizer)
+    return folder
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.step", description=__doc__)
+    parser.add_argument("--mode", choices=["lora", "full"], default="lora")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b-4l")
+    parser.add_argument("--records", type=Path, default=SHARED / "instruction-data.json")
+    parser.add_argument(
+        "--generated", type=int, default=0, help="so many generated records instead"
+    )
+    parser.add_argument("--words", type=int, default=0, help="an answer of a generated record")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "llama3-tokenizer.model")
+    parser.add_argument("--batch", type=int, default=9, help="records a step")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those")
+    parser.add_argument("--targets", choices=["attn", "all"], default="attn")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--max-seq-len", type=int, default=512)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--no-prefix-sharing", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Quiet]:
+    """Train for the steps asked for."""
+    targets = LLAMA_LINEARS if args.targets == "all" else LLAMA_LINEARS[:4]
+    module = LlamaModule(
+        base_model=str(folder),
+        base_dtype="bfloat16" if args.dtype == "bf16" else "float32",
+        lora=LoRAConfig(
+            rank=args.rank if args.mode == "lora" else 0,
+            alpha=2 * args.rank,
+            target_modules=targets,
+        ),
+        optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.0),
+        gradient_checkpointing=args.checkpointing,
+        share_prefixes=not args.no_prefix_sharing,
+    )
+    data = FoldedData(
+        str(records),
+        val_fraction=0.0,
+        test_fraction=0.0,
+        base_folder=str(folder),
+        max_seq_len=args.max_seq_len,
+        batch_size=args.batch,
+        num_workers=args.workers,
+    )
+    data.vocab_size = SHAPES[args.shape].vocab_size
+    clock, profiler = Clock(args.device), Quiet()
+    trainer = Trainer(
+        accelerator=args.device,
+        devices=1,
+        precision=PRECISION[args.mode, args.dtype],
+        max_steps=args.warmup + args.steps,
+        accumulate_grad_batches=args.accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[clock],
+        profiler=profiler,
+    )
+    trainer.fit(module, datamodule=data)
+    return clock, profiler
+
+
+def report(
+    args: argparse.Namespace, clock: Clock, profiler: Quiet, ceiling: float
+) -> dict[str, Any]:
+    """Make the JSON line's content."""
+    steps = clock.steps[args.warmup :]
+    tokens, wall, cpu = (sum(s[key] for s in steps) for key in ("tokens", "wall", "cpu"))
+    config = SHAPES[args.shape]
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Llama(config).parameters())
+    flop_a_token = (4 if args.mode == "lora" else 6) * weights
+    waits = profiler.waits()[args.warmup * args.accumulate :][: args.steps * args.accumulate]
+    return {
+        "peer": "llama_lightning",
+        "mode": args.mode,
+        "shape": args.shape,
+        "data": args.records.name if not args.generated else f"{args.generated} generated",
+        "dtype": args.dtype,
+        "targets": args.targets,
+        "batch": args.batch,
+        "prefixes": not args.no_prefix_sharing,
+        "tag": os.environ.get("PEER_TAG", ""),
+        "tok_s": round(tokens / wall, 2),
+        "tok_s_median": round(statistics.median(s["tokens"] / s["wall"] for s in steps), 2),
+        "tok_s_cpu": round(tokens / cpu * args.threads, 2),
+        "step_s": [round(s["wall"], 3) for s in steps],
+        "step_cpu_s": [round(s["cpu"], 3) for s in steps],
+        "tokens": tokens,
+        "supervised": sum(s["supervised"] for s in steps),
+        "wait": round(sum(waits) / wall, 5),
+        "first_step_at_s": round(clock.first_step_at_s, 2),
+        "ceiling_gflops": round(ceiling),
+        "mfu": round(flop_a_token * tokens / wall / ceiling / 1e9, 3),
+        "losses": [round(s["loss"], 6) for s in clock.steps],
+        "machine": machine_name(args.device),
+        "torch": torch.__version__,
+        **memory(args.device),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    folder = base_folder(args.shape, args.tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        records = args.records
+        if args.generated:
+            records = Path(scratch) / "records.json"
+            generate_records(records, args.generated, args.words)
+        clock, profiler = fit(args, folder, records)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    ceiling = matmul_ceiling(dtype, args.device)
+    print(json.dumps(report(args, clock, profiler, ceiling)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The benchmark runs and prints one line with the keys that the table of peers is made of."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import step
+from tests.benchmarks.peers import groups, table
+from tests.small import write_byte_tokenizer
+
+
+def test_a_step_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_byte_tokenizer(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    flags = {
+        "shape": "tiny",
+        "tokenizer": tmp_path / "tokenizer.model",
+        "generated": 40,
+        "batch": 8,
+        "accumulate": 2,
+        "steps": 2,
+        "dtype": "fp32",
+        "threads": 1,
+    }
+    arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["step", *arguments])
+    step.main()
+    result = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    print(result)
+    assert len(result["losses"]) == 3
+    assert len(result["step_s"]) == len(result["step_cpu_s"]) == 2
+    assert result["tokens"] > result["supervised"] > 0
+    assert result["tok_s"] == pytest.approx(result["tokens"] / sum(result["step_s"]), rel=0.05)
+    assert 0 < result["wait"] < 1
+    assert result["first_step_at_s"] > 0
+    assert result["peak_rss_gib"] > 0
+
+
+def test_ratios_are_those_of_medians_to_the_best_peer() -> None:
+    def one(name: str, tok_s: float, cpu: float) -> dict:
+        return {"name": name, "tok_s": tok_s, "tok_s_cpu": cpu, "peak_rss_gib": 1.0}
+
+    runs = [one("hf", 10, 30), one("litgpt", 20, 20), one("ours", 30, 60)]
+    runs += [one("hf", 12, 30), one("litgpt", 20, 20), one("ours", 50, 60), one("ours", 40, 60)]
+    rows = table(groups("1b-4l")["full"], runs)
+    assert [row.split(" | ")[1:6] for row in rows] == [
+        ["hf", "11.0", "", "30.0", ""],
+        ["litgpt", "20.0", "", "20.0", ""],
+        ["ours", "40.0", "2.00", "60.0", "2.00"],
+    ]
