@@ -133,9 +133,7 @@ class ContinuousBatch:
                 ready.append((row, source, min(shared, most)))
         left = [len(row.prompt) - shared for row, _, shared in ready]
         longest = max(left)
-        return [
-            item for item, n in zip(ready, left, strict=True) if longest - n < PASS_TOKENS
-        ]
+        return [item for item, n in zip(ready, left, strict=True) if longest - n < PASS_TOKENS]
 
     def _prefill(self, group: list[tuple[_Row, int, int]]) -> None:
         """Read prompts into the rows behind the running ones, and find the logits behind each."""
