@@ -7,6 +7,7 @@ can run where no real weights are. What it answers is noise.
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +16,31 @@ from safetensors.torch import save_file
 from llama_lightning.model.config import PRESETS, config_to_huggingface
 from llama_lightning.model.llama import Llama
 
+# The real shapes, the same with four layers for a CPU's patience, and two narrow ones.
+_1B, _3B = PRESETS["llama-3.2-1b"], PRESETS["llama-3.2-3b"]
+_S512 = replace(
+    _1B,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+)
+SHAPES = {
+    **PRESETS,
+    "1b": _1B,
+    "1b-4l": replace(_1B, num_hidden_layers=4),
+    "3b": _3B,
+    "3b-4l": replace(_3B, num_hidden_layers=4),
+    "s512": _S512,
+    "s512v4k": replace(_S512, vocab_size=4096),
+}
+
 
 def write_random_llama(folder: Path, shape: str, *, tokenizer: Path | None = None) -> int:
     """Write config.json, bf16 shards of about 500 MB and their index; return the weights' bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = PRESETS[shape]
+    config = SHAPES[shape]
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +82,7 @@ def write_random_llama(folder: Path, shape: str, *, tokenizer: Path | None = Non
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.random_llama", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shape", choices=sorted(PRESETS), default="llama-3.2-1b")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model to put beside them")
     arguments = parser.parse_args()
     size = write_random_llama(arguments.folder, arguments.shape, tokenizer=arguments.tokenizer)

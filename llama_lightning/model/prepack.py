@@ -68,8 +68,9 @@ def prepacked(model: nn.Module) -> Iterator[None]:
                 linear.weight.data = linear.weight.data.new_empty(0)
         yield
     finally:
-        for linear, packed in emptied:
-            linear.weight.data = packed.packed.to_dense()
+        with torch.inference_mode(False):  # a weight that comes back within it could not be trained
+            for linear, packed in emptied:
+                linear.weight.data = packed.packed.to_dense()
         for name, linear in linears.items():
             _replace(model, name, linear)
 

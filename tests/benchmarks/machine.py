@@ -1,0 +1,54 @@
+"""What a benchmark says of the machine it ran on: name, ceiling, memory, time since the start."""
+
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds_since_start() -> float:
+    """Wall time since this process was started, imports and all (Linux)."""
+    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def machine_name(device: str) -> str:
+    """The GPU, or the processor and the number of its cores."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().split("\n")
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was told to."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_ceiling(dtype: torch.dtype, device: str) -> float:
+    """The best of 5 products of a 1B matrix with 512 rows, in GFLOP/s: no step can be faster."""
+    x = torch.randn(512, 2048, dtype=dtype, device=device)
+    w = torch.randn(8192, 2048, dtype=dtype, device=device)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2e-9 * x.numel() * len(w) / min(times)
+
+
+def memory(device: str) -> dict[str, Any]:
+    """Peak memory of this process so far."""
+    peak: dict[str, Any] = {
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    }
+    if device == "cuda":
+        peak["peak_cuda_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return peak
