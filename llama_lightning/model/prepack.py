@@ -34,6 +34,12 @@ class PrepackedLinear(nn.Module):
         return out
 
 
+def _has_kernels() -> bool:
+    ops = torch.ops.mkldnn
+    there = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
+    return there and bool(ops._is_mkldnn_bf16_supported())
+
+
 def _in_bf16(linear: nn.Linear) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -47,13 +53,11 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     A bf16 weight is given up for its packed form and comes back from it bit for bit, so that there
     are never two copies; but for a head tied to the embedding, which is needed as it was.
     """
-    ops = torch.ops.mkldnn
-    there = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     linears = {
         name: module
         for name, module in model.named_modules()
-        if there
+        if _has_kernels()
         and type(module) is nn.Linear
         and module.weight.device.type == "cpu"
         and _in_bf16(module)
