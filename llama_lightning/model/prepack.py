@@ -62,21 +62,20 @@ def prepacked(model: nn.Module) -> Iterator[None]:
         and module.weight.device.type == "cpu"
         and _in_bf16(module)
     }
-    emptied: list[tuple[nn.Linear, PrepackedLinear]] = []
     try:
         for name, linear in linears.items():
-            packed = PrepackedLinear(linear)
-            _replace(model, name, packed)
+            _replace(model, name, PrepackedLinear(linear))
             if linear.weight.dtype == torch.bfloat16 and id(linear.weight) not in tied:
-                emptied.append((linear, packed))
                 linear.weight.data = linear.weight.data.new_empty(0)
         yield
     finally:
         with torch.inference_mode(False):  # a weight that comes back within it could not be trained
-            for linear, packed in emptied:
-                linear.weight.data = packed.packed.to_dense()
-        for name, linear in linears.items():
-            _replace(model, name, linear)
+            for name, linear in linears.items():
+                layer = model.get_submodule(name)
+                if isinstance(layer, PrepackedLinear) and not linear.weight.nbytes:
+                    linear.weight.data = layer.packed.to_dense()
+                _replace(model, name, linear)
+                del layer  # the packed form goes before the next weight comes back
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
