@@ -1,8 +1,9 @@
 """Lay bf16 weights out once for the products of a CPU, for as long as tokens are generated.
 
 oneDNN multiplies by a matrix in blocks of its own layout, into which an ordinary product brings the
-weight again each time; in a decode step of few rows that takes a third to a half of the time (2
-cores of an Intel Xeon). The products are equal bit for bit.
+weight again each time. The products are equal bit for bit. A decode step of the 1B shape with 4
+layers takes 92 instead of 120 ms of CPU time at 1 row, 176 instead of 204 ms at 8; packing and
+unpacking cost as much as some 10 steps of one row (2 cores of an Intel Xeon).
 """
 
 from collections.abc import Iterator
