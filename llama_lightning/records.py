@@ -56,6 +56,8 @@ class PromptBatch(NamedTuple):
     boundaries: Tensor  # (R + 1,) int64
     row_ids: Tensor  # (R,) int64
     stop_ids: Tensor  # (R, any) int64: the tokens that end each row's response; -1 is none
+    # (R,) int64, 1 or more: each row's own limit, instead of the generation's max_new_tokens.
+    max_new_tokens: Tensor | None = None
 
 
 class Generation(NamedTuple):

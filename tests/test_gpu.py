@@ -74,7 +74,7 @@ def test_text_equals_the_cpus(temperature: float) -> None:
     )
     config = GenerationConfig(max_new_tokens=20, temperature=temperature, top_p=0.9)
     expected = sorted(generate(model, prompts, config))
-    on_gpu = PromptBatch(*(tensor.cuda() for tensor in prompts))
+    on_gpu = PromptBatch(*(None if part is None else part.cuda() for part in prompts))
     assert sorted(generate(model.cuda(), on_gpu, config)) == expected
 
 

@@ -76,7 +76,8 @@ class AlpacaDataModule(LightningDataModule):
         train_on_turns: of a chat, put loss on `all` turns of the assistant, or on the `last`.
         max_seq_len: longest sequence in training and validation, in tokens.
         batch_size: records an optimizer step, over all devices and accumulated micro-batches.
-        eval_batch_size: records a batch in evaluation; by default a micro-batch's.
+        eval_batch_size: records a batch in evaluation, prompts in the network at a time in predict;
+            by default a micro-batch's.
         num_workers: processes that prepare batches.
         seed: of the split and of the order of training records.
         cache_dir: folder of the tokenised data; by default llama_lightning in XDG_CACHE_HOME or

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -220,8 +221,7 @@ class SampleResponses(Callback):
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        prompts = data.prompts(self._rows)
-        prompts = type(prompts)(*(tensor.to(pl_module.device) for tensor in prompts))
+        prompts = move_data_to_device(data.prompts(self._rows), pl_module.device)
         pl_module.eval()
         with trainer.precision_plugin.forward_context():
             generations = pl_module.answer(prompts)  # type: ignore[operator]

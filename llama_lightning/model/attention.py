@@ -139,10 +139,14 @@ def attention(
         Like q.
     """
     if mask is not None:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=True
-        )
-        return out.transpose(1, 2)
+        # The queries of one group stand beside each other as if they were tokens: heads are then as
+        # many as in the cache, and nothing in it is repeated.
+        num_tokens, num_kv_heads = q.shape[1], k.shape[1]
+        groups = q.shape[2] // num_kv_heads
+        q = q.transpose(1, 2).reshape(len(q), num_kv_heads, groups * num_tokens, -1)
+        mask = mask.repeat(1, 1, groups, 1)
+        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+        return out.reshape(len(q), num_kv_heads * groups, num_tokens, -1).transpose(1, 2)
     if rows is None:
         return _causal(q, k, v)
     kernel = varlen_kernel() if q.is_cuda and q.itemsize == 2 else None  # 16 bits only

@@ -7,6 +7,7 @@ Letters: B rows, T new tokens, K kv heads, S slots, H head dimension.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llama_lightning.model.config import LlamaConfig
 
@@ -66,10 +67,28 @@ class KVCache:
 
     def advance(self, num_tokens_B: Tensor) -> None:
         """Count what was appended: row b grew by `num_tokens_B[b]` real tokens."""
-        self.lengths_B = self.lengths_B + num_tokens_B
+        self.lengths_B += num_tokens_B  # in place: a view counts for the whole
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Hold these rows only (an index of int64): fewer when some finished, or copies of one."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-        self.lengths_B = self.lengths_B[rows]
+    def view(self, first: int, last: int, max_length: int) -> "KVCache":
+        """Rows first to last - 1 and the first slots of each, in the same memory."""
+        return KVCache(
+            [k[first:last, :, :max_length] for k in self.keys],
+            [v[first:last, :, :max_length] for v in self.values],
+            self.lengths_B[first:last],
+        )
+
+    def copy_rows(self, sources: Tensor, targets: Tensor, num_slots: int) -> None:
+        """Copy the first slots of some rows, and their lengths, over other rows.
+
+        All are read before any is written, so a row may be both.
+        """
+        for tensor in (*self.keys, *self.values):
+            tensor[targets, :, :num_slots] = tensor[sources, :, :num_slots]
+        self.lengths_B[targets] = self.lengths_B[sources]
+
+    def reserve(self, max_length: int) -> None:
+        """Make room for rows of so many tokens, where there is less."""
+        missing = max_length - self.keys[0].shape[2]
+        if missing > 0:
+            self.keys = [F.pad(k, (0, 0, 0, missing)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, missing)) for v in self.values]

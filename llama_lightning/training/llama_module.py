@@ -4,6 +4,7 @@ It receives tokens and knows no tokenizer. Data and training meet in cli.py.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from torchmetrics import MeanMetric
 from llama_lightning.errors import CheckpointError, UsageError, UserError, WeightsError
 from llama_lightning.hub import resolve_base
 from llama_lightning.model.config import LlamaConfig
-from llama_lightning.model.generate import generate
+from llama_lightning.model.continuous_batch import ContinuousBatch
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.loss import (
@@ -27,6 +28,7 @@ from llama_lightning.model.loss import (
     summed_cross_entropy,
     supervised_positions,
 )
+from llama_lightning.model.prepack import prepacked
 from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Batch, Generation, PromptBatch
 from llama_lightning.training.checkpoint_io import read_checkpoint
@@ -96,6 +98,8 @@ class LlamaModule(LightningModule):
         # Who is told of each response the moment it is finished, e.g. the file it is written to.
         self.on_generation: list[Callable[[Generation], None]] = []
         self.strict_loading = False  # checkpoints hold what is trained; see on_load_checkpoint
+        self._answering: ContinuousBatch | None = None  # while prompts come in, batch by batch
+        self._prepacked = ExitStack()
         self._seed = 0
         self._step_loss = torch.tensor(0.0)  # of the accumulated micro-batches, on this rank
         # By default torchmetrics leaves NaN out of the mean, and a broken model looks sound.
@@ -277,7 +281,8 @@ class LlamaModule(LightningModule):
     ) -> None:
         """Add a batch to the test loss and token accuracy, or answer one of prompts."""
         if isinstance(batch, PromptBatch):
-            self.answer(batch)
+            last = batch_idx + 1 == self.trainer.num_test_batches[dataloader_idx]
+            self.answer(batch, drain=last)
         else:
             self._measure(batch)
 
@@ -308,18 +313,39 @@ class LlamaModule(LightningModule):
     # Generation
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Generation]:
-        """Answer a batch of prompts."""
-        return self.answer(batch)
+        """Take a batch of prompts in; return what was finished meanwhile, in the end all."""
+        last = batch_idx + 1 == self.trainer.num_predict_batches[0]
+        return self.answer(batch, drain=last)
 
-    def answer(self, batch: PromptBatch) -> list[Generation]:
-        """Answer a batch of prompts, telling `on_generation` of each as it finishes."""
-        if len(batch.row_ids) == 0:
-            return []
+    def answer(self, batch: PromptBatch, *, drain: bool = True) -> list[Generation]:
+        """Answer prompts, telling `on_generation` of each response as it finishes.
+
+        As many are answered at a time as the first batch has prompts.
+
+        Args:
+            batch: may be empty.
+            drain: until all are answered; otherwise only until none of the batch is waiting, and
+                the next batch's take the places of those that finish.
+        """
         generations = []
-        for generation in generate(self._llama, batch, self.generation):
-            generations.append(generation)
-            for tell in self.on_generation:
-                tell(generation)
+        try:
+            if self._answering is None and len(batch.row_ids):
+                self._prepacked.enter_context(prepacked(self._llama))
+                size = len(batch.row_ids) * self.generation.num_samples
+                self._answering = ContinuousBatch(self._llama, self.generation, size)
+            if self._answering is not None:
+                self._answering.add(batch)
+                for generation in self._answering.run(drain=drain):
+                    generations.append(generation)
+                    for tell in self.on_generation:
+                        tell(generation)
+        except BaseException:
+            drain = True  # whatever comes next begins anew
+            raise
+        finally:
+            if drain:
+                self._answering = None
+                self._prepacked.close()
         return generations
 
     # Checkpoints

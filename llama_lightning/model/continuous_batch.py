@@ -1,0 +1,204 @@
+"""Answer prompts over a fixed number of rows: a finished row makes room for the next prompt.
+
+So a data set of uneven answers costs what its tokens cost, and memory is bounded by the rows. What
+a prompt has in common with one that is in the cache already, e.g. the template, is not computed
+again but copied. Neither changes a text: sampling is seeded by row and sample.
+Source: continuous batching, Orca (OSDI 2022); prefix reuse, SGLang (arXiv 2312.07104).
+Letters: B running rows, G rows of a prefill, T longest rest of a prompt, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_lightning.model.kv_cache import KVCache
+from llama_lightning.model.llama import Llama
+from llama_lightning.model.sampling import GenerationConfig, next_tokens, row_generator
+from llama_lightning.records import Generation, PromptBatch
+
+# A further pass through the weights is worth as much as so many tokens, copied or not padded.
+PASS_TOKENS = 16
+# Prompts come in when this part of the rows is free: fewer passes for prefills, few idle rows.
+MIN_FREE = 1 / 8
+
+
+class _Row(NamedTuple):
+    """One response in the making."""
+
+    row_id: int
+    sample: int
+    prompt: list[int]
+    stop_ids: list[int]
+    max_new_tokens: int
+    generator: torch.Generator
+    tokens: list[int]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Count the leading tokens that two prompts share."""
+    for position, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return position
+    return min(len(a), len(b))
+
+
+class ContinuousBatch:
+    """Prompts in, generations out, at most `size` of them in the network at a time.
+
+    Running rows are the first rows of the cache. The rows behind them keep what they held, to copy
+    from, until something else is written there.
+
+    Args:
+        model: in eval mode.
+        config: length and sampling.
+        size: responses in the network at a time.
+    """
+
+    def __init__(self, model: Llama, config: GenerationConfig, size: int) -> None:
+        self.model, self.config, self.size = model, config, size
+        weight = model.model.embed_tokens.weight
+        self._device = weight.device
+        self._cache = KVCache.allocate(
+            model.config, size, 0, dtype=weight.dtype, device=weight.device
+        )
+        self._cached: list[list[int]] = [[] for _ in range(size)]  # the prompt in each cache row
+        self._waiting: deque[_Row] = deque()
+        self._running: list[_Row] = []
+        self._logits_BV = torch.empty(0, model.config.vocab_size, device=weight.device)
+        self._seen_BV: Tensor | None = None
+        if config.repetition_penalty != 1.0:
+            shape = size, model.config.vocab_size
+            self._seen_BV = torch.zeros(shape, dtype=torch.bool, device=weight.device)
+
+    def add(self, prompts: PromptBatch) -> None:
+        """Queue prompts, none of them empty; `run` answers them."""
+        tokens, bounds = prompts.tokens.tolist(), prompts.boundaries.tolist()
+        limits = [self.config.max_new_tokens] * len(prompts.row_ids)
+        if prompts.max_new_tokens is not None:
+            limits = prompts.max_new_tokens.tolist()
+        rows = zip(prompts.row_ids.tolist(), prompts.stop_ids.tolist(), limits, strict=True)
+        for number, (row_id, stop_ids, limit) in enumerate(rows):
+            prompt = tokens[bounds[number] : bounds[number + 1]]
+            for sample in range(self.config.num_samples):
+                generator = row_generator(self.config.seed, row_id, sample)
+                self._waiting.append(_Row(row_id, sample, prompt, stop_ids, limit, generator, []))
+
+    @torch.inference_mode()
+    def run(self, *, drain: bool = True) -> Iterator[Generation]:
+        """Answer, yielding each generation as soon as it is finished.
+
+        Args:
+            drain: until all are finished; otherwise only until no prompt waits for a row.
+        """
+        while True:
+            free = self.size - len(self._running)
+            if free >= max(1, self.size * MIN_FREE):
+                self._admit(free)
+            if not self._running or not (drain or self._waiting):
+                return
+            finished, going_on, tokens_B = self._choose()
+            tokens_B = self._keep(going_on, tokens_B)
+            yield from finished
+            if self._running:
+                # The longest row's tokens, the new one included, are all that is looked at.
+                used = max(len(row.prompt) + len(row.tokens) for row in self._running)
+                view = self._cache.view(0, len(self._running), used)
+                self._logits_BV = self.model(tokens_B[:, None], cache=view).squeeze(1)
+                view.advance(torch.ones_like(tokens_B))
+
+    def _admit(self, free: int) -> None:
+        """Take waiting prompts into free rows, group by group."""
+        arriving = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        while arriving:
+            group = self._next_group(arriving)
+            self._prefill(group)
+            taken = {id(row) for row, _, _ in group}
+            arriving = [row for row in arriving if id(row) not in taken]
+
+    def _next_group(self, arriving: list[_Row]) -> list[tuple[_Row, int, int]]:
+        """Choose prompts to prefill together, each with the cache row to copy from and how much.
+
+        One that can copy much from another of them waits until that is there. What is left of the
+        others is of similar length, so that few pads are computed.
+        """
+        ready = []
+        for number, row in enumerate(arriving):
+            most = len(row.prompt) - 1  # the last token is computed, for what follows it
+            shared, source = max((_common(row.prompt, p), n) for n, p in enumerate(self._cached))
+            nearest = max((_common(row.prompt, r.prompt) for r in arriving[:number]), default=0)
+            if min(nearest, most) - shared < PASS_TOKENS:
+                ready.append((row, source, min(shared, most)))
+        left = [len(row.prompt) - shared for row, _, shared in ready]
+        longest = max(left)
+        return [item for item, n in zip(ready, left, strict=True) if longest - n < PASS_TOKENS]
+
+    def _prefill(self, group: list[tuple[_Row, int, int]]) -> None:
+        """Read prompts into the rows behind the running ones, and find the logits behind each."""
+        rows, sources, shared = zip(*group, strict=True)
+        first, last = len(self._running), len(self._running) + len(rows)
+        rests = [row.prompt[start:] for row, start in zip(rows, shared, strict=True)]
+        longest = max(map(len, rests))
+        read = max(shared) + longest  # a pad may stand behind all that its row will ever hold
+        self._cache.reserve(max(read, *(len(row.prompt) + row.max_new_tokens for row in rows)))
+        targets = torch.arange(first, last, device=self._device)
+        self._cache.copy_rows(self._index(sources), targets, max(shared))
+        self._cache.lengths_B[first:last] = self._index(shared)
+        # Pads stay behind the length: hidden, then overwritten.
+        tokens_GT = self._index([rest + rest[-1:] * (longest - len(rest)) for rest in rests])
+        view = self._cache.view(first, last, read)
+        hidden = self.model.model(tokens_GT, cache=view)
+        lengths_G = self._index([len(rest) for rest in rests])
+        view.advance(lengths_G)
+        logits_GV = self.model.lm_head(hidden[targets - first, lengths_G - 1])
+        self._logits_BV = torch.cat((self._logits_BV, logits_GV)) if first else logits_GV
+        self._running += rows
+        for number, row in enumerate(rows, first):
+            self._cached[number] = row.prompt
+            if self._seen_BV is not None:
+                self._seen_BV[number] = False
+                self._seen_BV[number, self._index(row.prompt)] = True
+
+    def _choose(self) -> tuple[list[Generation], list[int], Tensor]:
+        """Choose a token for each row; return what is finished, and who goes on with which."""
+        num = len(self._running)
+        seen_BV = None if self._seen_BV is None else self._seen_BV[:num]
+        generators = [row.generator for row in self._running]
+        tokens_B = next_tokens(self._logits_BV, self.config, generators, seen_BV)
+        if seen_BV is not None:
+            seen_BV.scatter_(1, tokens_B[:, None], True)
+        finished, going_on = [], []
+        for number, (row, token) in enumerate(zip(self._running, tokens_B.tolist(), strict=True)):
+            if token in row.stop_ids:
+                finished.append(Generation(row.row_id, row.sample, row.tokens, "stop"))
+                continue
+            row.tokens.append(token)
+            if len(row.tokens) == row.max_new_tokens:
+                finished.append(Generation(row.row_id, row.sample, row.tokens, "length"))
+            else:
+                going_on.append(number)
+        return finished, going_on, tokens_B
+
+    def _keep(self, going_on: list[int], tokens_B: Tensor) -> Tensor:
+        """Keep some of the running rows as the first rows, and their tokens, in their new order."""
+        num, kept = len(self._running), len(going_on)
+        if kept == num:
+            return tokens_B
+        # The last rows fill the gaps: fewer moves than closing ranks.
+        gaps = sorted(set(range(kept)) - set(going_on))
+        movers = [number for number in going_on if number >= kept]
+        if gaps:
+            used = max(len(self._running[n].prompt) + len(self._running[n].tokens) for n in movers)
+            self._cache.copy_rows(self._index(movers), self._index(gaps), used)
+        order = list(range(kept))
+        for gap, mover in zip(gaps, movers, strict=True):
+            order[gap], self._cached[gap] = mover, self._cached[mover]
+        self._running = [self._running[number] for number in order]
+        if self._seen_BV is not None:
+            self._seen_BV[:kept] = self._seen_BV[self._index(order)]
+        return tokens_B[self._index(order)]
+
+    def _index(self, numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)

@@ -1,0 +1,85 @@
+"""predict keeps its rows filled from batch to batch, and gives the weights back as they were."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_lightning.data.alpaca import AlpacaDataModule
+from llama_lightning.model.sampling import GenerationConfig
+from llama_lightning.records import Generation
+from llama_lightning.training.llama_module import LlamaModule
+from llama_lightning.training.trainer import Trainer
+from tests.small import write_byte_tokenizer, write_small_llama
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_small_llama(tmp_path, vocab_size=512)
+    write_byte_tokenizer(tmp_path)
+    records = [{"instruction": f"say {'x' * (i % 5)} {i}", "output": ""} for i in range(14)]
+    (tmp_path / "prompts.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def _predict(folder: Path, size: int, precision: str, samples: int) -> tuple[LlamaModule, list]:
+    module = LlamaModule(
+        base_model=str(folder),
+        generation=GenerationConfig(max_new_tokens=20, temperature=2.0, num_samples=samples),
+    )
+    data = AlpacaDataModule(
+        predict_path=str(folder / "prompts.json"), base_folder=str(folder), eval_batch_size=size
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=str(folder),
+    )
+    finished: list[Generation] = []
+    module.on_generation.append(finished.append)
+    returned = trainer.predict(module, datamodule=data)
+    assert [g for batch in returned for g in batch] == finished
+    assert [len(batch) for batch in returned] != [size * samples] * len(returned)
+    return module, finished
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_predict_answers_the_same_whatever_its_batches(folder: Path, samples: int) -> None:
+    by_size = {size: _predict(folder, size, "64-true", samples)[1] for size in (1, 4, 5)}
+    lengths = {len(g.tokens) for g in by_size[1]}
+    print(f"{len(by_size[1])} responses of {min(lengths)} to {max(lengths)} tokens")
+    assert sorted(by_size[1]) == sorted(by_size[4]) == sorted(by_size[5])
+    assert [(g.row_id, g.sample) for g in sorted(by_size[1])] == [
+        (row, sample) for row in range(14) for sample in range(samples)
+    ]
+
+
+def test_weights_come_back_from_predict_and_from_a_stopped_one(folder: Path) -> None:
+    module, _ = _predict(folder, 4, "bf16-true", 1)
+    fresh = LlamaModule(base_model=str(folder))
+    fresh.configure_model()
+    ours, theirs = module.state_dict(), fresh.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in ours)
+
+    data = AlpacaDataModule(predict_path=str(folder / "prompts.json"), base_folder=str(folder))
+    data.setup("predict")
+    prompts = data.prompts(data.predict_rows[:4])
+    expected = sorted(module.answer(prompts))
+
+    def stop(generation: Generation) -> None:
+        raise KeyboardInterrupt
+
+    module.on_generation.append(stop)
+    assert module.answer(prompts, drain=False) == []  # all in the network, none finished
+    with pytest.raises(KeyboardInterrupt):
+        module.answer(prompts)
+    module.on_generation.remove(stop)
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in ours.items())
+    assert sorted(module.answer(prompts)) == expected  # nothing of the stopped run is left
+    module.model.requires_grad_(True)
+    module.model(prompts.tokens[None]).float().logsumexp(-1).sum().backward()
