@@ -78,7 +78,7 @@ class ChatTemplate:
 
     Attributes:
         jinja: from `messages` to the prompt, for transformers, vLLM and llama.cpp.
-        ollama: from .System and .Prompt to the prompt, as Ollama's TEMPLATE.
+        ollama: from .Messages to the prompt, as Ollama's TEMPLATE.
     """
 
     jinja: str
@@ -180,10 +180,9 @@ TEMPLATES: dict[TemplateName, Template] = {
             "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
         ),
         ollama=(
-            "{{ if .System }}<|start_header_id|>system<|end_header_id|>\n\n"
-            "{{ .System }}<|eot_id|>{{ end }}<|start_header_id|>user<|end_header_id|>\n\n"
-            "{{ .Prompt }}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-            "{{ .Response }}<|eot_id|>"
+            "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n"
+            "{{ .Content }}<|eot_id|>{{ end }}"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
         ),
     ),
 }

@@ -169,7 +169,8 @@ class Trainer(pl.Trainer):
             raise UsageError("export runs in one process; set trainer.devices to 1")
         what = Export(Path(output), format, dtype, overwrite)
         what.check(model)
-        if what.kind(model) == "peft" and ckpt_path is None and model.model is None:
+        untrained = ckpt_path is None and model.model is None and model.adapter is None
+        if what.kind(model) == "peft" and untrained:
             raise UsageError("format peft: without ckpt_path there is no adapter; use hf or gguf")
         model.trainer = datamodule.trainer = self
         try:
