@@ -123,6 +123,8 @@ def _judge(arguments: list[str]) -> None:
             "responses.path: not given; name the file that predict wrote, "
             "e.g. --responses.path lightning_logs/version_1/responses.jsonl"
         )
+    if config.judge.backend == "none":  # a run's own config.yaml says so
+        config.judge.backend = "prometheus"
     grade_file(JudgeConfig(**vars(config.judge)), Path(config.responses.path))
 
 

@@ -24,7 +24,6 @@ from llama_lightning.evaluation.judge import (
 )
 from llama_lightning.evaluation.page import report_page
 from llama_lightning.evaluation.parse import GRADED, Parsed, parse_score
-from llama_lightning.evaluation.prompts import build_prompt
 from llama_lightning.evaluation.report import (
     REPORT,
     SUMMARY,
@@ -48,6 +47,10 @@ PROGRESS_S = 15.0
 
 def make_judge(config: JudgeConfig) -> Judge:
     """Build the judge of a configuration."""
+    if config.backend == "prometheus":
+        from llama_lightning.evaluation.prometheus import make_prometheus
+
+        return make_prometheus(config)
     if config.backend == "ollama":
         from llama_lightning.evaluation.ollama import OllamaJudge
 
@@ -60,7 +63,7 @@ def make_judge(config: JudgeConfig) -> Judge:
         from llama_lightning.evaluation.exact import ExactJudge  # torchmetrics: a second
 
         return ExactJudge()
-    raise UsageError("judge.backend: not given; use exact, ollama or openai")
+    raise UsageError("judge.backend: not given; use prometheus, ollama, openai or exact")
 
 
 def shows_reference(config: JudgeConfig, responses: list[Response]) -> bool:
@@ -86,9 +89,16 @@ class _Item(NamedTuple):
 
 
 def _item(settings: Settings, response: Response) -> _Item:
-    prompt = build_prompt(response, with_reference=settings.with_reference)
-    parameters = (settings.temperature, settings.seed, settings.max_new_tokens)
-    return _Item(settings.key(response), Request(prompt, response, *parameters))
+    request = Request(
+        settings.build_prompt(response),
+        response,
+        settings.temperature,
+        settings.seed,
+        settings.max_new_tokens,
+        settings.top_p,
+        settings.repetition_penalty,
+    )
+    return _Item(settings.key(response), request)
 
 
 def _ask(judge: Judge, request: Request) -> Reply:
@@ -234,13 +244,15 @@ def grade_file(config: JudgeConfig, path: Path) -> Summary:
     judge.preflight()
     folder = Path(config.output) if config.output else path.parent
     file = VerdictFile(folder / VERDICTS, judge.name)
+    words = "prometheus" if config.backend == "prometheus" else "own"
     settings = Settings(
         judge=judge.name,
         with_reference=with_reference,
-        temperature=config.temperature,
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
-        prompt=prompt_version(),
+        prompt=prompt_version(words),
+        words=words,
+        **config.sampling._asdict(),
     )
     try:
         items = [_item(settings, response) for response in responses]
@@ -254,6 +266,7 @@ def grade_file(config: JudgeConfig, path: Path) -> Summary:
         graded = [Graded(item.request.response, file[item.key]) for item in items]
     finally:
         file.close()
+        judge.close()
     summary = summarise(graded, settings)
     write_whole(folder / SUMMARY, summary.json(os.path.relpath(path, folder)))
     write_whole(folder / REPORT, summary.markdown())

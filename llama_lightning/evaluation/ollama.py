@@ -38,7 +38,7 @@ class OllamaJudge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self._url = (config.base_url or default_base_url()).rstrip("/")
-        self._model = config.model
+        self._model = config.model_name
         self._read_timeout_s = config.read_timeout_s
         self._digest = ""
         self._longest = 0  # the model's context in tokens; 0 is unknown
@@ -93,6 +93,7 @@ class OllamaJudge:
             if needed > self._longest:
                 raise TooLong(f"may need {needed} tokens, and the model takes {self._longest}")
             num_ctx = min(num_ctx, self._longest)
+        penalty = request.repetition_penalty
         body = {
             "model": self._model,
             "messages": [
@@ -106,6 +107,8 @@ class OllamaJudge:
                 "num_predict": request.max_new_tokens,
                 "seed": request.seed,
                 "temperature": request.temperature,
+                **({} if request.top_p is None else {"top_p": request.top_p}),
+                **({} if penalty is None else {"repeat_penalty": penalty}),
             },
         }
         try:
@@ -119,6 +122,9 @@ class OllamaJudge:
                 raise TooLong(error.message) from error
             raise RequestFailed(str(error), again=False) from error
         return _reply(answer)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def _reply(answer: Any) -> Reply:

@@ -17,9 +17,10 @@ class OpenAIJudge:
     """A model on an OpenAI-compatible server."""
 
     def __init__(self, config: JudgeConfig) -> None:
+        self._backend = config.backend  # prometheus asks in other words
         url = (config.base_url or "").rstrip("/")
         self._url = url if url.endswith("/v1") else f"{url}/v1"
-        self._model = config.model
+        self._model = config.model_name
         self._read_timeout_s = config.read_timeout_s
         self._key_env = config.api_key_env
         self._headers = {}
@@ -34,7 +35,7 @@ class OpenAIJudge:
     @property
     def name(self) -> str:
         """The model, wherever it runs: a restarted server may have another port."""
-        return f"openai {self._model}"
+        return f"{self._backend} {self._model}"
 
     def _refusal(self, error: Refused) -> JudgeError:
         if error.status in (401, 403):
@@ -76,16 +77,21 @@ class OpenAIJudge:
 
     def reply(self, request: Request) -> Reply:
         """Chat once. See the protocol for what is raised."""
+        parts = request.prompt._asdict()
         body = {
             "model": self._model,
-            "messages": [
-                {"role": "system", "content": request.prompt.system},
-                {"role": "user", "content": request.prompt.user},
-            ],
+            "messages": [{"role": role, "content": text} for role, text in parts.items() if text],
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
             "seed": request.seed,
         }
+        # OpenAI itself refuses keys it does not know, so that they are sent only where they say
+        # something; the penalty has two names.
+        if request.top_p is not None:
+            body["top_p"] = request.top_p
+        if request.repetition_penalty not in (None, 1.0):
+            body["repetition_penalty"] = request.repetition_penalty  # vLLM
+            body["repeat_penalty"] = request.repetition_penalty  # llama.cpp
         try:
             answer = call_json(
                 f"{self._url}/chat/completions",
@@ -105,3 +111,6 @@ class OpenAIJudge:
         except (KeyError, TypeError, ValueError) as error:
             raise RequestFailed("the answer has no message") from error
         return Reply(text, truncated=choice.get("finish_reason") == "length")
+
+    def close(self) -> None:
+        """Nothing is held."""
