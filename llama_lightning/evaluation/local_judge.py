@@ -37,10 +37,10 @@ Request = dict[str, Any]
 
 def quantise_nf4(model: Llama) -> None:
     """Keep the matrices of the blocks in 4 bits each; they are packed when they are moved."""
+    # At its import it misses a faster kernel for the CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    # It misses a faster kernel on a CPU.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for block in model.model.layers:
         for name, linear in list(block.named_modules()):
             if not isinstance(linear, nn.Linear):

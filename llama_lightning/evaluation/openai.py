@@ -1,7 +1,7 @@
 """A judge behind any server with /v1/chat/completions.
 
 vLLM, llama.cpp's server, transformers serve and hosted models speak it.
-Source: the OpenAI API reference, of which only what all of them take is used.
+Source: the OpenAI API reference, of which only what all of them take is used; and a penalty.
 """
 
 import os
@@ -11,6 +11,8 @@ from llama_lightning.evaluation.http_json import Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
 
 PREFLIGHT_S = 4.0
+# No part of the API, and refused by some; in the words of vLLM, and of llama.cpp.
+PENALTY = ("repetition_penalty", "repeat_penalty")
 
 
 class OpenAIJudge:
@@ -21,6 +23,7 @@ class OpenAIJudge:
         url = (config.base_url or "").rstrip("/")
         self._url = url if url.endswith("/v1") else f"{url}/v1"
         self._model = config.model_name
+        self._takes_penalty = True
         self._read_timeout_s = config.read_timeout_s
         self._key_env = config.api_key_env
         self._headers = {}
@@ -78,20 +81,17 @@ class OpenAIJudge:
     def reply(self, request: Request) -> Reply:
         """Chat once. See the protocol for what is raised."""
         parts = request.prompt._asdict()
-        body = {
+        body: dict[str, object] = {
             "model": self._model,
             "messages": [{"role": role, "content": text} for role, text in parts.items() if text],
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
             "seed": request.seed,
         }
-        # OpenAI itself refuses keys it does not know, so that they are sent only where they say
-        # something; the penalty has two names.
         if request.top_p is not None:
             body["top_p"] = request.top_p
-        if request.repetition_penalty not in (None, 1.0):
-            body["repetition_penalty"] = request.repetition_penalty  # vLLM
-            body["repeat_penalty"] = request.repetition_penalty  # llama.cpp
+        if request.repetition_penalty not in (None, 1.0) and self._takes_penalty:
+            body |= dict.fromkeys(PENALTY, request.repetition_penalty)
         try:
             answer = call_json(
                 f"{self._url}/chat/completions",
@@ -104,6 +104,11 @@ class OpenAIJudge:
                 raise self._refusal(error) from error
             if "context" in error.message or "too long" in error.message:
                 raise TooLong(error.message) from error
+            if PENALTY[0] in body and any(name in error.message for name in PENALTY):
+                if self._takes_penalty:  # no other thread has said it yet
+                    self._takes_penalty = False
+                    print(f"judge: {self._url} takes no repetition_penalty: graded without it")
+                return self.reply(request)
             raise RequestFailed(str(error), again=False) from error
         try:
             (choice, *_) = answer["choices"]

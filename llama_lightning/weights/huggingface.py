@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -122,6 +121,8 @@ def load_huggingface(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -
     for name in absent_biases:
         _put(model, name, torch.zeros(expected[name].shape, dtype=dtype))
     if absent_biases:
+        from lightning.pytorch.utilities import rank_zero_info  # seconds, for a rare line
+
         rank_zero_info(f"model: {len(absent_biases)} q, k and v biases are new and start at zero")
         loaded |= absent_biases
     if missing := sorted(expected.keys() - loaded):
