@@ -71,7 +71,10 @@ class JudgeModel:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.config = read_config(folder)
-        ids = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ids: dict[str, Any] = {}
+        for name in ("generation_config.json", "config.json"):
+            if (folder / name).is_file():
+                ids |= json.loads((folder / name).read_text(encoding="utf-8"))
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the class has no other

@@ -20,6 +20,8 @@ from prometheus_eval import PrometheusEval
 from prometheus_eval.prompts import ABSOLUTE_PROMPT, ABSOLUTE_PROMPT_WO_REF, SCORE_RUBRIC_TEMPLATE
 
 from llama_lightning.cli import main
+from llama_lightning.data.tokenizer import Tokenizer
+from llama_lightning.errors import DataError
 from llama_lightning.evaluation.grading import make_judge
 from llama_lightning.evaluation.judge import JudgeConfig, Request, TooLong
 from llama_lightning.evaluation.local_judge import JudgeModel, memory_sentence
@@ -29,6 +31,7 @@ from llama_lightning.evaluation.prometheus_prompts import build_prometheus_promp
 from llama_lightning.evaluation.prompts import JudgePrompt
 from llama_lightning.evaluation.rubric import CRITERION, LEVELS
 from llama_lightning.records import Response
+from llama_lightning.weights.huggingface import read_config
 from tests.evaluation.test_parse import GRADED, OUT_OF_RANGE, UNPARSED
 from tests.evaluation.test_prompts import INJECTIONS
 from tests.fake_ollama import FakeOpenAI, Fault, Words
@@ -38,7 +41,7 @@ USAGE, BACKEND = 2, 3
 RUBRIC = SCORE_RUBRIC_TEMPLATE.format(
     criteria=CRITERION, **{f"score{n}_description": text for n, text in LEVELS.items()}
 )
-SAMPLES = 20
+SAMPLES = 8
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,7 @@ def test_prompts_and_parameters_are_prometheus_evals(with_reference: bool) -> No
         name: value for name, value in model.params.items() if name != "best_of"
     }
     assert config.model_name == "prometheus-eval/prometheus-7b-v2.0"
+    assert not {"litellm", "vllm"} & set(sys.modules)  # the first fetches prices at its import
 
 
 def test_an_input_follows_its_instruction() -> None:
@@ -166,7 +170,7 @@ FACTS = {
 def test_scores_are_prometheus_evals(capfd: pytest.CaptureFixture[str]) -> None:
     known = [*FACTS["accepted"], *FACTS["rejected"]]
     texts = list(dict.fromkeys([*known, *GRADED, *UNPARSED, *OUT_OF_RANGE]))
-    texts = [text for text in texts if len(text) < 2000]  # their expression takes minutes on those
+    texts = [text for text in texts if len(text) < 2000]  # at 5,000 digits theirs raises
     theirs = absolute_grade(Said(texts), numbered(len(texts)), ABSOLUTE_PROMPT)
     capfd.readouterr()
     scores = dict(zip(texts, theirs, strict=True))
@@ -198,6 +202,7 @@ def requests(**changes: Any) -> list[Request]:
     ]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
 def test_a_killed_judge_and_the_same_command_again(
     folder: Path, file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,7 +215,7 @@ def test_a_killed_judge_and_the_same_command_again(
                     yield int(pid)
 
     def kill() -> None:
-        while not path.exists() or path.read_bytes().count(b"\n") < 10:
+        while not path.exists() or path.read_bytes().count(b"\n") < 6:
             time.sleep(0.01)
         (pid,) = children()
         os.kill(pid, signal.SIGKILL)
@@ -221,13 +226,13 @@ def test_a_killed_judge_and_the_same_command_again(
     keys = {"model": folder, "dtype": "float32", "max_new_tokens": 24, "concurrency": 4}
     code, said = run(file, capfd, **keys)
     before = verdicts(file)
-    print(f"killed after {len(before)} of {6 * SAMPLES} verdicts: {said.splitlines()[-1]}")
     assert killed
     assert code == BACKEND
     assert "was ended by SIGKILL" in said
     assert "the same command goes on from there" in said
-    assert 10 <= len(before) < 6 * SAMPLES
+    assert 6 <= len(before) < 6 * SAMPLES
 
+    error = said.splitlines()[-1]
     code, said = run(file, capfd, **keys)
     after = verdicts(file)
     assert code == 0
@@ -235,7 +240,7 @@ def test_a_killed_judge_and_the_same_command_again(
     assert len({v["key"] for v in after}) == len(after) == 6 * SAMPLES
     words = list(GRADES)
     as_trained = sum(v["score"] == GRADES[words[v["id"]]] for v in after)
-    print(f"{as_trained} of {len(after)} graded as trained")
+    print(f"killed after {len(before)}, then {as_trained} of {len(after)} as trained: {error}")
     assert as_trained == len(after)
     assert {v["text"].strip() for v in after} == {feedback(word) for word in GRADES}
     assert not list(children())
@@ -327,6 +332,26 @@ def test_memory_that_runs_out(
     assert "this machine's memory is full; set judge.dtype nf4" in said
     assert "the same command goes on from there" in said
     assert memory_sentence(RuntimeError("another matter")) is None
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_that_runs_out(folder: Path) -> None:
+    JudgeModel(folder, "bfloat16")
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(10**13, device="cuda")
+    said = memory_sentence(caught.value)
+    print(said)
+    assert said is not None
+    assert re.search(r"GPU's [\d.]+ GiB are full: the judge holds [\d.]+, other processes", said)
+
+
+def test_its_tokenizer_is_no_llama_3_tokenizer(folder: Path) -> None:
+    """As a base model its weights would do; its tokenizer is refused in one line."""
+    assert read_config(folder).rope_theta == 1e6
+    with pytest.raises(DataError, match="not a Llama 3 tokenizer") as caught:
+        Tokenizer.from_path(folder)
+    print(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def copy(folder: Path, target: Path) -> Path:
