@@ -30,9 +30,10 @@ class JudgeConfig:
     """Who grades the responses, and how.
 
     Args:
-        backend: `prometheus` runs a Prometheus model, on this machine or behind base_url; `ollama`;
+        backend: `prometheus` is a Prometheus model, on this machine or behind base_url; `ollama`;
             `openai` is any server with /v1/chat/completions; `exact` compares with the reference
-            and needs no model; `none` grades nothing, but the verb judge takes it for `prometheus`.
+            and needs no model. With `none`, predict grades nothing, and the verb judge takes
+            `prometheus`.
         model: the judge model: its name on the server; for prometheus without base_url a folder or
             a hub name. By default llama3.1 on ollama, prometheus-eval/prometheus-7b-v2.0 for
             prometheus.
@@ -50,7 +51,7 @@ class JudgeConfig:
         max_new_tokens: longest reply, in tokens; one that is cut is asked for again with twice.
         seed: of the judge's reply.
         concurrency: responses that are graded at the same time; on this machine one batch.
-        dtype: of a judge model on this machine: two bytes a weight, four, or half a byte (`nf4`).
+        dtype: of a judge model on this machine: two bytes a weight, four, or half a byte (nf4).
         read_timeout_s: seconds to wait for a server's reply; the first may have to load the model.
         limit: grade only the first so many responses; null grades all.
     """
@@ -77,7 +78,7 @@ class JudgeConfig:
         Raises:
             UsageError: a value out of range, or two that contradict each other.
         """
-        if self.temperature is not None and not self.temperature >= 0:
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise UsageError(f"judge.temperature is {self.temperature}; use 0 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"judge.top_p is {self.top_p}; use a value above 0 and up to 1")
