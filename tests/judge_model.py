@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 
-from llama_lightning.evaluation.prometheus_prompts import build_prometheus_prompt, instruct_text
+from llama_lightning.evaluation.prometheus import instruct_text
+from llama_lightning.evaluation.prometheus_prompts import build_prometheus_prompt
 from llama_lightning.evaluation.prompts import build_prompt
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.llama import Llama
@@ -49,12 +50,9 @@ def _texts() -> list[tuple[str, str]]:
     pairs = []
     for response in responses():
         for reference in (True, False):
-            own = build_prompt(response, with_reference=reference)
-            theirs = build_prometheus_prompt(response, with_reference=reference)
-            pairs += [
-                (f"[INST] {own.system}\n{own.user} [/INST]", " " + feedback(response.response)),
-                (instruct_text(theirs), " " + feedback(response.response)),
-            ]
+            for build in (build_prompt, build_prometheus_prompt):
+                text = instruct_text(build(response, with_reference=reference))
+                pairs.append((text, " " + feedback(response.response)))
     return pairs
 
 

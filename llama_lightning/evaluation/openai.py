@@ -19,7 +19,7 @@ class OpenAIJudge:
     """A model on an OpenAI-compatible server."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        self._backend = config.backend  # prometheus asks in other words
+        self._backend = config.backend  # openai, or prometheus behind a server
         url = (config.base_url or "").rstrip("/")
         self._url = url if url.endswith("/v1") else f"{url}/v1"
         self._model = config.model_name
@@ -81,9 +81,11 @@ class OpenAIJudge:
     def reply(self, request: Request) -> Reply:
         """Chat once. See the protocol for what is raised."""
         parts = request.prompt._asdict()
+        if self._backend == "prometheus":
+            parts = {"user": request.prompt.merged}
         body: dict[str, object] = {
             "model": self._model,
-            "messages": [{"role": role, "content": text} for role, text in parts.items() if text],
+            "messages": [{"role": role, "content": text} for role, text in parts.items()],
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
             "seed": request.seed,

@@ -26,7 +26,8 @@ from llama_lightning.evaluation.judge import (
     TooLong,
 )
 from llama_lightning.evaluation.openai import OpenAIJudge
-from llama_lightning.evaluation.prometheus_prompts import instruct_text, require
+from llama_lightning.evaluation.prometheus_prompts import require
+from llama_lightning.evaluation.prompts import JudgePrompt
 from llama_lightning.hub import resolve_base
 
 TAIL_BYTES = 65_536
@@ -41,6 +42,11 @@ def make_prometheus(config: JudgeConfig) -> Judge:
     """
     require("prometheus_eval")
     return OpenAIJudge(config) if config.base_url else LocalPrometheus(config)
+
+
+def instruct_text(prompt: JudgePrompt) -> str:
+    """Write a prompt as Mistral-Instruct reads it; the beginning token comes before."""
+    return f"[INST] {prompt.merged} [/INST]"
 
 
 def _digest(folder: Path, weights: list[Path]) -> str:

@@ -1,7 +1,6 @@
 """What a Prometheus judge is asked, in the words it was trained on.
 
-They are those of the package prometheus-eval, imported only here. The system text goes before the
-user's, as the chat template of Mistral-Instruct has no place for it.
+They are those of the package prometheus-eval, imported only here.
 Source: prometheus_eval/prompts.py and judge.py, version 0.1.20; Prometheus 2, arXiv 2405.01535.
 """
 
@@ -26,6 +25,17 @@ def require(package: str) -> None:
         )
 
 
+def _rubric(template: str) -> str:
+    levels = {f"score{level}_description": text for level, text in LEVELS.items()}
+    return template.format(criteria=CRITERION, **levels)
+
+
+def _task(response: Response) -> dict[str, str]:
+    """Quote what a response answers."""
+    given = "\n\n".join(filter(None, (response.instruction, response.input)))
+    return {"instruction": neutralise(given), "reference_answer": neutralise(response.reference)}
+
+
 def build_prometheus_prompt(response: Response, *, with_reference: bool) -> JudgePrompt:
     """Ask for the grade of one response.
 
@@ -36,19 +46,30 @@ def build_prometheus_prompt(response: Response, *, with_reference: bool) -> Judg
     from prometheus_eval import prompts
 
     template = prompts.ABSOLUTE_PROMPT if with_reference else prompts.ABSOLUTE_PROMPT_WO_REF
-    levels = {f"score{level}_description": text for level, text in LEVELS.items()}
-    quoted = {
-        "instruction": "\n\n".join(filter(None, (response.instruction, response.input))),
-        "response": response.response,
-        "reference_answer": response.reference,
-    }
     user = template.format(
-        rubric=prompts.SCORE_RUBRIC_TEMPLATE.format(criteria=CRITERION, **levels),
-        **{name: neutralise(text) for name, text in quoted.items()},
+        **_task(response),
+        response=neutralise(response.response),
+        rubric=_rubric(prompts.SCORE_RUBRIC_TEMPLATE),
     )
-    return JudgePrompt(system="", user=f"{prompts.ABS_SYSTEM_PROMPT}\n{user}")
+    return JudgePrompt(prompts.ABS_SYSTEM_PROMPT, user)
 
 
-def instruct_text(prompt: JudgePrompt) -> str:
-    """Write a prompt as Mistral-Instruct reads it; the beginning token comes before."""
-    return f"[INST] {prompt.user} [/INST]"
+def build_prometheus_pair_prompt(
+    one: Response, other: Response, *, with_reference: bool
+) -> JudgePrompt:
+    """Ask which of two responses to one prompt is better; the first is A to the judge.
+
+    Raises:
+        JudgeError: prometheus-eval is not installed.
+    """
+    require("prometheus_eval")
+    from prometheus_eval import prompts
+
+    template = prompts.RELATIVE_PROMPT if with_reference else prompts.RELATIVE_PROMPT_WO_REF
+    user = template.format(
+        **_task(one),
+        response_A=neutralise(one.response),
+        response_B=neutralise(other.response),
+        rubric=_rubric(prompts.SCORE_RUBRIC_TEMPLATE),
+    )
+    return JudgePrompt(prompts.REL_SYSTEM_PROMPT, user)

@@ -17,6 +17,11 @@ class JudgePrompt(NamedTuple):
     system: str
     user: str
 
+    @property
+    def merged(self) -> str:
+        """The system text before the user's, for chats that have no place for it: Mistral's."""
+        return f"{self.system}\n{self.user}"
+
 
 JUDGE_SFT_PROMPT = JudgePrompt(
     system=(
@@ -42,7 +47,7 @@ _SPECIAL = re.compile(
     r"|<(?=/?(?:task_instruction|task_input|reference_answer|graded_response)\b)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|RESULT|SCORE)\b)"
     r"|#(?=##\s*(?:Task Description|The instruction to evaluate|Response (?:to evaluate|[AB])|"
-    r"Reference Answer|Score Rubrics?|Feedback)\b)",
+    r"Reference Answer|Score Rubrics?|Feedback)\b|##Instruction:)",
     re.IGNORECASE,
 )
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,9 @@ def grade(backend: str, url: str, model: str, target: Path) -> None:
     assert all(as_trained)
 
 
+@pytest.mark.skipif(
+    version("transformers").startswith("4."), reason="transformers serve of 4 is another program"
+)
 def test_transformers_serve(folder: Path, tmp_path: Path) -> None:
     command = ["transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
