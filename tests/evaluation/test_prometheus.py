@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from prometheus_eval import PrometheusEval
 from prometheus_eval.prompts import (
     ABSOLUTE_PROMPT,
@@ -24,12 +26,13 @@ from prometheus_eval.prompts import (
     RELATIVE_PROMPT_WO_REF,
     SCORE_RUBRIC_TEMPLATE,
 )
+from tokenizers import models, normalizers, trainers
 
 from llama_lightning.cli import main
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import DataError
 from llama_lightning.evaluation.grading import make_judge
-from llama_lightning.evaluation.judge import JudgeConfig, Request, TooLong
+from llama_lightning.evaluation.judge import JudgeConfig, Request, RequestFailed, TooLong
 from llama_lightning.evaluation.local_judge import JudgeModel, memory_sentence
 from llama_lightning.evaluation.parse import parse_score
 from llama_lightning.evaluation.prometheus import LocalPrometheus, instruct_text
@@ -44,7 +47,7 @@ from llama_lightning.weights.huggingface import read_config
 from tests.evaluation.test_parse import GRADED, OUT_OF_RANGE, UNPARSED
 from tests.evaluation.test_prompts import INJECTIONS
 from tests.fake_ollama import FakeOpenAI, Fault, Words
-from tests.judge_model import GRADES, change_config, feedback, responses, write_judge
+from tests.judge_model import GRADES, SPECIAL, change_config, feedback, responses, write_judge
 
 USAGE, BACKEND = 2, 3
 RUBRIC = SCORE_RUBRIC_TEMPLATE.format(
@@ -310,6 +313,16 @@ def test_the_model_through_prometheus_eval(folder: Path, capfd: pytest.CaptureFi
             thread.join()
         return [alone, together]
 
+    said = []
+
+    def ask_long() -> None:
+        never_ends = requests(temperature=5.0, top_p=None, max_new_tokens=3000)[0]
+        while not said:
+            try:
+                judge.reply(never_ends)
+            except RequestFailed as error:
+                said.append(str(error))
+
     judge.preflight()
     try:
         theirs = absolute_grade(Ours([]), responses(), ABSOLUTE_PROMPT)
@@ -327,10 +340,19 @@ def test_the_model_through_prometheus_eval(folder: Path, capfd: pytest.CaptureFi
         surrogate = requests()[0]
         surrogate = surrogate._replace(prompt=JudgePrompt("", "half \ud800 a pair"))
         assert judge.reply(surrogate)
+        # Whoever asks may be killed: the process ends with its input, in the middle of a reply.
+        asking = threading.Thread(target=ask_long)
+        asking.start()
+        time.sleep(0.3)
+        assert judge._process is not None
+        assert asking.is_alive()
+        assert judge._process.stdin is not None
+        judge._process.stdin.close()
+        assert judge._process.wait(timeout=20) == 0
+        asking.join(timeout=20)
+        assert "its process ended with exit code 0" in said[0]
     finally:
         judge.close()
-    assert judge._process is not None
-    assert judge._process.returncode == -signal.SIGKILL
 
 
 def test_four_bits(folder: Path) -> None:
@@ -363,6 +385,32 @@ def test_memory_that_runs_out(
     assert "this machine's memory is full; set judge.dtype nf4" in said
     assert "the same command goes on from there" in said
     assert memory_sentence(RuntimeError("another matter")) is None
+
+
+def test_tokens_are_those_of_transformers_chat_template(folder: Path, tmp_path: Path) -> None:
+    """With a tokenizer of Mistral's kind: each piece of text begins with a space of its own."""
+    judge = copy(folder, tmp_path / "judge")
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    prompts = [build_prometheus_prompt(row, with_reference=True) for row in responses()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=[*SPECIAL, *bytes_], show_progress=False
+    )
+    tokenizer.train_from_iterator([prompt.merged for prompt in prompts], trainer)
+    tokenizer.save(str(judge / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(judge)
+    model = JudgeModel(judge, "float32")
+    for prompt in [*prompts, JudgePrompt("été", "日本 </s> <s>[INST] \n\n x")]:
+        chat = [{"role": role, "content": text} for role, text in prompt._asdict().items()]
+        text = theirs.apply_chat_template(chat, tokenize=False)
+        expected = theirs(text, add_special_tokens=False)["input_ids"]
+        assert model.encode(instruct_text(prompt)) == expected
+    print(f"{len(prompts) + 1} prompts, the last one: {expected}")
 
 
 @pytest.mark.gpu
