@@ -451,6 +451,8 @@ def watch():
 
 folder = Path(sys.argv[1])
 config = huggingface.read_config(folder)
+with torch.device("meta"):
+    huggingface.Llama(config)  # at its first use torch imports more, which is no weight
 watcher = threading.Thread(target=watch)
 before = anonymous()
 watcher.start()
