@@ -44,7 +44,9 @@ def only_this_machine(monkeypatch):
 
     def guarded(call: Callable, host: Callable) -> Callable:
         def checked(*arguments, **keywords):
-            assert host(*arguments) in ("127.0.0.1", "localhost"), f"{call.__name__}{arguments} leaves the machine"
+            assert host(*arguments) in ("127.0.0.1", "localhost"), (
+                f"{call.__name__}{arguments} leaves the machine"
+            )
             return call(*arguments, **keywords)
 
         return checked

@@ -614,8 +614,7 @@ def test_broken_responses(judge: Runner, responses: Path, text: str, said: str) 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"backend": "none"}, "judge.backend: not given"),
-        ({"backend": "foo"}, "judge.backend: expected one of 'none', 'exact'"),
+        ({"backend": "foo"}, "judge.backend: expected one of 'none', 'prometheus'"),
         ({"modle": "x"}, "did you mean judge.model?"),
         ({"limit": 0}, "judge.limit is 0"),
         ({"concurrency": 0}, "judge.concurrency is 0"),
@@ -623,7 +622,10 @@ def test_broken_responses(judge: Runner, responses: Path, text: str, said: str) 
         ({"read_timeout_s": 0}, "judge.read_timeout_s is 0"),
         ({"seed": "x"}, "judge.seed: expected a whole number, got x"),
         ({"base_url": "127.0.0.1:8000"}, "begin with http://"),
+        ({"top_p": 0}, "judge.top_p is 0.0; use a value above 0"),
+        ({"repetition_penalty": 0}, "judge.repetition_penalty is 0"),
         ({"backend": "openai"}, "judge.base_url: not given"),
+        ({"backend": "openai", "base_url": "http://127.0.0.1:9"}, "judge.model: not given"),
         ({"backend": "exact", "use_reference": "never"}, "judge.use_reference is never"),
     ],
 )
