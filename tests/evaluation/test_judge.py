@@ -145,6 +145,30 @@ def test_ollama(judge: Runner) -> None:
     assert "ollama llama3.1 000000000000" in (done.folder / "report.html").read_text()
 
 
+def test_how_the_reply_is_drawn(judge: Runner) -> None:
+    with FakeOllama() as server:
+        assert judge(server, top_p=0.8, repetition_penalty=1.1, temperature=0.5).code == 0
+        refused = judge(server, top_p=0.7, repetition_penalty=1.1, temperature=0.5)
+    drawn = {"temperature": 0.5, "top_p": 0.8, "repeat_penalty": 1.1}
+    assert drawn.items() <= server.chats[0]["options"].items()
+    assert refused.code == USAGE
+    assert "top_p was 0.8 and is 0.7" in refused.error
+
+
+def test_verdicts_of_before_there_was_a_choice_of_words(judge: Runner, tmp_path: Path) -> None:
+    """Their files lack the newer settings; nothing is asked again, and they compare."""
+    with FakeOllama() as server:
+        assert judge(server).code == 0
+        for name in ("verdicts.settings.json", "summary.json"):
+            values = json.loads((tmp_path / name).read_text())
+            for newer in ("words", "top_p", "repetition_penalty"):
+                del values[newer]
+            (tmp_path / name).write_text(json.dumps(values))
+        assert main(["compare", str(tmp_path), str(tmp_path)]) == 0
+        assert judge(server).code == 0
+    assert len(server.chats) == 6
+
+
 def test_openai(judge: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", "secret")
     with FakeOpenAI(key="secret") as server:
