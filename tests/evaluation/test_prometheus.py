@@ -227,11 +227,14 @@ def test_scores_are_prometheus_evals(capfd: pytest.CaptureFixture[str]) -> None:
 # Its model
 
 
+def request(prompt: JudgePrompt, row: Response) -> Request:
+    sampling = JudgeConfig(backend="prometheus").sampling._asdict()
+    return Request(prompt=prompt, response=row, seed=0, max_new_tokens=24, **sampling)
+
+
 def requests(**changes: Any) -> list[Request]:
     return [
-        Request(
-            build_prometheus_prompt(row, with_reference=True), row, 1.0, 0, 24, 0.9, 1.03
-        )._replace(**changes)
+        request(build_prometheus_prompt(row, with_reference=True), row)._replace(**changes)
         for row in responses()
     ]
 
@@ -292,12 +295,9 @@ def test_the_model_through_prometheus_eval(folder: Path, capfd: pytest.CaptureFi
 
     class Ours(Said):
         def completions(self, inputs: list[Any], use_tqdm: bool = False, **_: Any) -> list[str]:
-            asked = ["\n".join(message["content"] for message in one) for one in inputs]
+            asked = [[message["content"] for message in one] for one in inputs]
             row = responses()[0]
-            return [
-                judge.reply(Request(JudgePrompt("", user), row, 1.0, 0, 24, 0.9, 1.03)).text
-                for user in asked
-            ]
+            return [judge.reply(request(JudgePrompt(*one), row)).text for one in asked]
 
     def alone_and_together(temperature: float, seed: int) -> list[list[str]]:
         asked = requests(temperature=temperature, seed=seed, top_p=None)
