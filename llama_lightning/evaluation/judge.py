@@ -92,7 +92,7 @@ class Request(NamedTuple):
     temperature: float
     seed: int
     max_new_tokens: int
-    schema: Mapping[str, Any]  # of the reply as JSON, for servers that can hold a model to it
+    schema: Mapping[str, Any] | None = None  # of the reply as JSON, for servers that can hold to it
     other: Response | None = None  # the second one, where two are compared
 
 
