@@ -105,11 +105,11 @@ class OllamaJudge:
             if needed > self._longest:
                 raise TooLong(f"may need {needed} tokens, and the model takes {self._longest}")
             num_ctx = min(num_ctx, self._longest)
-        cached = max(
-            (len(os.path.commonprefix([p, request.prompt.user])) for p in self._recent), default=0
-        )
-        uncached = len(request.prompt.user[cached:].split())
-        self._recent.append(request.prompt.user)
+        user = request.prompt.user
+        recent = tuple(self._recent)  # other threads append
+        cached = max((len(os.path.commonprefix([one, user])) for one in recent), default=0)
+        uncached = len(user[cached:].split())
+        self._recent.append(user)
         reply, read = self._chat(request, num_ctx)
         if not _looks_cut(read, uncached, num_ctx):
             return reply
