@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  (its log keeps the stderr of its first import)
 import pytest
 import torch
 
@@ -159,7 +160,7 @@ def test_broken_config(run, text, said):
         (["--model.optimizer.learning_rate=1"], USAGE, "did you mean model.optimizer.lr?"),
         (["--num_epochs=1"], USAGE, "did you mean trainer.max_epochs?"),
         (["--ckpt_path=."], DATA, "--ckpt_path .: a folder; give a file"),
-        (["--data.path=."], DATA, ".: a folder; give a .json or .jsonl file"),
+        (["--data.path=."], DATA, ".: a folder; give a .json, .jsonl, .csv or .parquet"),
         (["--data.val_fraction=2"], USAGE, "data.val_fraction is 2.0"),
         (["--data.path=nix.json"], DATA, "nix.json: no such data file"),
         (["--data.max_seq_len=8"], DATA, "prompt longer than data.max_seq_len"),

@@ -380,6 +380,7 @@ def test_pairwise_by_a_prometheus(say: Say, two_runs: None) -> None:
     assert "n=30 pairs, 10 wins 10 ties 10 losses" in said
     settings = json.loads(Path("b/pairwise.settings.json").read_text())
     assert (settings["words"], settings["judge"]) == ("prometheus", "prometheus judge")
+    assert "<dt>pairwise, judge</dt><dd>prometheus judge</dd>" in Path("b/compare.html").read_text()
 
 
 def test_a_place_is_no_win(say: Say, two_runs: None) -> None:

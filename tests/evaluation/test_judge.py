@@ -571,8 +571,10 @@ def test_a_signal_ends_it_at_once(
         time.sleep(0.5)  # for the second verdict to reach the disk
         start = time.monotonic()
         process.send_signal(signum)
-        _, said = process.communicate(timeout=20)
-    assert time.monotonic() - start < 5
+        _, said = process.communicate(timeout=25)
+        seconds = time.monotonic() - start
+    print(f"{verb} ended {seconds:.1f} s after signal {signum}; the reply would take 30 s")
+    assert seconds < 15  # not by seconds: other tests' processes may have the cores
     assert process.returncode == code
     assert "Traceback" not in said
     assert [v["id"] for v in rows(responses.parent / "verdicts.jsonl")] == [0, 1]
