@@ -121,8 +121,12 @@ def _download(call: Callable[[], str], what: str, name: str, kind: Kind) -> Path
         raise raised(f"{what}: {_reason(error, name, kind)}") from error
 
 
-def resolve_base(base_model: str) -> Path:
+def resolve_base(base_model: str, key: str = "model.base_model") -> Path:
     """Find the folder of `tiny`, of a path, or of a hub name (downloaded once, then cached).
+
+    Args:
+        base_model: what the user gave.
+        key: where, for the error's sentence.
 
     Raises:
         WeightsError: no such folder, or a hub name that cannot be fetched.
@@ -134,7 +138,7 @@ def resolve_base(base_model: str) -> Path:
         return folder
     if base_model.count("/") != 1 or base_model.startswith((".", "/", "~")):
         raise WeightsError(
-            f"model.base_model: {base_model} is not a folder here, nor a hub name (OWNER/NAME), "
+            f"{key}: {base_model} is not a folder here, nor a hub name (OWNER/NAME), "
             f"nor 'tiny'{_did_you_mean(base_model, 'model')}"
         )
     from huggingface_hub import snapshot_download
@@ -142,7 +146,7 @@ def resolve_base(base_model: str) -> Path:
     def call() -> str:
         return snapshot_download(base_model, allow_patterns=PATTERNS)
 
-    return _download(call, f"model.base_model {base_model}", base_model, "model")
+    return _download(call, f"{key} {base_model}", base_model, "model")
 
 
 def parse_address(address: str) -> tuple[str, str]:

@@ -47,6 +47,8 @@ def judge(arguments: list[str]) -> None:
             "responses.path: not given; name the file that predict wrote, "
             "e.g. --responses.path lightning_logs/version_1/responses.jsonl"
         )
+    if given.judge.backend == "none":  # so says the config.yaml of a run that graded nothing
+        given.judge.backend = "prometheus"
     config = JudgeConfig(**vars(given.judge))
     check_excluded(config, grade_file(config, Path(given.responses.path)))
 

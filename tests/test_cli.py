@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  (its log keeps the stderr of its first import)
 import pytest
 import torch
 

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"records"},
     "data": {"errors", "records", "assets", "hub"},
     "weights": {"errors", "assets", "model"},
-    "evaluation": {"errors", "progress", "records"},
+    "evaluation": {"errors", "progress", "records", "hub"},
     "training": {"errors", "progress", "records", "hub", "model", "weights"},
     "usage": EVERYTHING,
     "keys": EVERYTHING,
@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": EVERYTHING,
     "assets tools": EVERYTHING,
 }
+# The judge that runs in a process of its own is a program rather than a part.
+ALSO = {"evaluation/local_judge.py": {"model", "weights", "tokenizers"}}
 PLAIN_PYTHON = {"errors", "assets"}
 TORCH_ONLY = {"records", "model"}
 LIGHTNING_IN = {"data/alpaca.py", "evaluation/callbacks.py"}  # of those that have little of it
@@ -83,7 +85,7 @@ def _foreign(unit: str, path: str, top: str) -> str | None:
         return "belongs in hub.py"
     if unit == "hub" and top != HUB:
         return f"is not {HUB}"
-    if top in ORACLES:
+    if top in ORACLES - ALSO.get(path, set()):
         return "is for tests only"
     if unit in PLAIN_PYTHON:
         return "is not of the standard library"
@@ -96,17 +98,20 @@ def _foreign(unit: str, path: str, top: str) -> str | None:
 
 def violations(sources: dict[str, str]) -> list[str]:
     """List the forbidden imports of a package given as {path: source}."""
-    modules, found = {_module(path) for path in sources}, []
+    modules, programs = {_module(path) for path in sources}, {_module(path) for path in ALSO}
+    found = []
     for path, source in sources.items():
         unit = _unit(_module(path))
         if unit not in MAY_IMPORT:
             found.append(f"{path}: {unit} is in no layer")
             continue
-        allowed = MAY_IMPORT[unit]
+        allowed = MAY_IMPORT[unit] | ALSO.get(path, set())
         for name in _imports(path, source, modules):
             if name.partition(".")[0] != PACKAGE:
                 if reason := _foreign(unit, path, name.partition(".")[0]):
                     found.append(f"{path}: {name} {reason}")
+            elif name in programs and name != _module(path):
+                found.append(f"{path}: {name} is a program of its own")
             elif _unit(name) not in {"", unit, *allowed} and allowed != EVERYTHING:
                 found.append(f"{path}: {unit} may not import {name}")
     return found
@@ -159,6 +164,20 @@ PLANTED = {
     "data to the tools of assets": ("data/alpaca.py", "from llama_lightning.assets import world"),
     "weights to training": ("weights/huggingface.py", "from llama_lightning import training"),
     "evaluation to training": ("evaluation/callbacks.py", "import llama_lightning.training.optim"),
+    "evaluation to model": ("evaluation/prometheus.py", "from llama_lightning.model import llama"),
+    "evaluation to weights": (
+        "evaluation/grading.py",
+        "import llama_lightning.weights.huggingface",
+    ),
+    "evaluation to the other process": (
+        "evaluation/prometheus.py",
+        "from llama_lightning.evaluation.local_judge import JudgeModel",
+    ),
+    "the other process to data": (
+        "evaluation/local_judge.py",
+        "import llama_lightning.training",
+    ),
+    "tokenizers elsewhere": ("evaluation/prometheus.py", "from tokenizers import Tokenizer"),
     "evaluation to lightning": ("evaluation/exact_match.py", "import lightning"),
     "training to data": ("training/optim.py", "from llama_lightning.data.alpaca import Row"),
     "training to evaluation": ("training/callbacks.py", "from .. import evaluation"),

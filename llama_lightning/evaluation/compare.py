@@ -128,6 +128,7 @@ def compare(
         runs = [run_a.folder, run_b.folder]
         pairs, choices, orders = _judge_pairwise(config, pairs, folder, runs)
         facts += [
+            ("pairwise, judge", orders.judge or "none: all pairs are equal"),
             ("pairwise, net wins of B a prompt", choices.interval),
             ("pairwise, prompts", f"{choices.pairs}: {choices.counts} of B"),
             ("pairwise, verdict", choices.verdict),

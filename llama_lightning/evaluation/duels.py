@@ -54,6 +54,7 @@ SAME_WORDS = Duel(SAME, SAME)
 class Orders(NamedTuple):
     """How far the order of the two decided."""
 
+    judge: str  # its full name; empty where nobody was asked
     asked: int
     agreed: int
     excluded: Counter[str]  # pairs without a choice in both orders, by status
@@ -67,6 +68,7 @@ class Orders(NamedTuple):
 def count_orders(duels: Sequence[Duel]) -> Orders:
     """Count how often the order of the two made no difference."""
     return Orders(
+        judge=next((duel.a_first.judge for duel in duels if duel is not SAME_WORDS), ""),
         asked=sum(duel.asked for duel in duels),
         agreed=sum(duel.agrees for duel in duels),
         excluded=Counter(duel.status for duel in duels if duel.status),

@@ -34,3 +34,6 @@ class ExactJudge:
             return Reply("The response is the reference. [RESULT] 5")
         similarity = rouge_l(response, reference)
         return Reply(f"ROUGE-L {similarity:.3f}. [RESULT] {1 + round(3 * similarity)}")
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -5,6 +5,7 @@ The same command goes on where a stopped one was; other settings need another fo
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from llama_lightning.errors import JudgeError, UsageError
@@ -12,11 +13,10 @@ from llama_lightning.evaluation.asking import Question, ask_all
 from llama_lightning.evaluation.judge import Judge, JudgeConfig
 from llama_lightning.evaluation.page import report_page
 from llama_lightning.evaluation.parse import SCORE_SCHEMA, parse_score
-from llama_lightning.evaluation.prompts import build_prompt
 from llama_lightning.evaluation.report import REPORT, SUMMARY, Graded, Summary, summarise
 from llama_lightning.evaluation.responses import read_responses
 from llama_lightning.evaluation.self_preference import model_beside
-from llama_lightning.evaluation.settings import Settings, prompt_version, settings_of
+from llama_lightning.evaluation.settings import Settings, settings_of
 from llama_lightning.evaluation.verdicts import VERDICTS, VerdictFile, check_settings, write_whole
 from llama_lightning.records import Response
 
@@ -26,6 +26,10 @@ CURE = "set judge.output to another folder"
 
 def make_judge(config: JudgeConfig) -> Judge:
     """Build the judge of a configuration."""
+    if config.backend == "prometheus":
+        from llama_lightning.evaluation.prometheus import make_prometheus
+
+        return make_prometheus(config)
     if config.backend == "ollama":
         from llama_lightning.evaluation.ollama import OllamaJudge
 
@@ -38,7 +42,7 @@ def make_judge(config: JudgeConfig) -> Judge:
         from llama_lightning.evaluation.exact import ExactJudge  # torchmetrics: a second
 
         return ExactJudge()
-    raise UsageError("judge.backend: not given; use exact, ollama or openai")
+    raise UsageError("judge.backend: not given; use prometheus, ollama, openai or exact")
 
 
 def shows_reference(config: JudgeConfig, responses: Sequence[Response]) -> bool:
@@ -83,14 +87,14 @@ def open_judge(
     with_reference = shows_reference(config, responses)
     judge = make_judge(config)
     judge.preflight()
-    settings = settings_of(config, judge, with_reference=with_reference, prompt=prompt_version())
+    settings = settings_of(config, judge, with_reference=with_reference)
     folder = _folder(config, path)
     check_settings(folder / VERDICTS, _all_settings(settings, folder, path), CURE)
     return judge, settings
 
 
 def _question(settings: Settings, response: Response) -> Question:
-    prompt = build_prompt(response, with_reference=settings.with_reference)
+    prompt = settings.prompt_on(response)
     request = settings.request(prompt, response, SCORE_SCHEMA)
     return Question(settings.key_of(prompt, response.sample), request, parse_score)
 
@@ -113,7 +117,8 @@ def grade_file(config: JudgeConfig, path: Path, graded_model: str = "") -> Summa
         print(f"{len(responses) - with_some} of {len(responses)} have no reference: none is shown")
     folder = _folder(config, path)
     questions = [_question(settings, response) for response in responses]
-    with VerdictFile(folder / VERDICTS, _all_settings(settings, folder, path), CURE) as file:
+    shared = _all_settings(settings, folder, path)
+    with closing(judge), VerdictFile(folder / VERDICTS, shared, CURE) as file:
         ask_all(judge, questions, file, config.concurrency)
         graded = [Graded(q.request.response, file[q.key]) for q in questions]
     summary = summarise(graded, settings, graded_model or model_beside(path))

@@ -53,7 +53,7 @@ def open_run(path: Path) -> JudgedRun:
     summary = folder / SUMMARY
     try:
         values = json.loads(summary.read_text(encoding="utf-8"))
-        settings = Settings(**{name: values[name] for name in Settings._fields})
+        settings = Settings(**{name: values[name] for name in Settings._fields if name in values})
         return JudgedRun(folder, settings, folder / values["responses"], values["total"])
     except OSError as error:
         raise JudgeError(

@@ -44,7 +44,7 @@ class OllamaJudge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self._url = (config.base_url or default_base_url()).rstrip("/")
-        self._model = config.model
+        self._model = config.model_name
         self._limit = ReadLimit(config.read_timeout_s)
         self._digest = ""
         self._longest = 0  # the model's context in tokens; 0 is unknown
@@ -105,11 +105,11 @@ class OllamaJudge:
             if needed > self._longest:
                 raise TooLong(f"may need {needed} tokens, and the model takes {self._longest}")
             num_ctx = min(num_ctx, self._longest)
-        cached = max(
-            (len(os.path.commonprefix([p, request.prompt.user])) for p in self._recent), default=0
-        )
-        uncached = len(request.prompt.user[cached:].split())
-        self._recent.append(request.prompt.user)
+        user = request.prompt.user
+        recent = tuple(self._recent)  # other threads append
+        cached = max((len(os.path.commonprefix([one, user])) for one in recent), default=0)
+        uncached = len(user[cached:].split())
+        self._recent.append(user)
         reply, read = self._chat(request, num_ctx)
         if not _looks_cut(read, uncached, num_ctx):
             return reply
@@ -124,7 +124,15 @@ class OllamaJudge:
 
     def _chat(self, request: Request, num_ctx: int) -> tuple[Reply, int | None]:
         """Chat once; the number of prompt tokens that were read comes along, if it is told."""
-        structured = self._structured
+        schema = request.schema if self._structured else None
+        options = {
+            "num_ctx": num_ctx,
+            "num_predict": request.max_new_tokens,
+            "seed": request.seed,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "repeat_penalty": request.repetition_penalty,
+        }
         body = {
             "model": self._model,
             "messages": [
@@ -133,15 +141,10 @@ class OllamaJudge:
             ],
             "stream": False,
             "keep_alive": KEEP_ALIVE,
-            "options": {
-                "num_ctx": num_ctx,
-                "num_predict": request.max_new_tokens,
-                "seed": request.seed,
-                "temperature": request.temperature,
-            },
+            "options": {name: value for name, value in options.items() if value is not None},
         }
-        if structured:
-            body["format"] = request.schema
+        if schema is not None:
+            body["format"] = schema
         try:
             with self._limit.waiting() as seconds:
                 answer = call_json(f"{self._url}/api/chat", body, timeout_s=seconds)
@@ -153,19 +156,22 @@ class OllamaJudge:
                 ) from error
             if "context" in error.message or "too long" in error.message:
                 raise TooLong(error.message) from error
-            if not structured:
+            if schema is None:
                 raise RequestFailed(str(error), again=False) from error
         except RequestFailed as error:
-            if not structured or not ABOUT_SCHEMA.search(str(error)):
+            if schema is None or not ABOUT_SCHEMA.search(str(error)):
                 raise
         else:
-            obeyed = not structured or _has_form(reply.text, request.schema)
+            obeyed = schema is None or _has_form(reply.text, schema)
             self._structured = self._structured and obeyed
             # Held to a form, some models write white space without end.
             if obeyed or not reply.truncated:
                 return reply, answer.get("prompt_eval_count")
         self._structured = False
         return self._chat(request, num_ctx)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def _looks_cut(read: int | None, words: int, num_ctx: int) -> bool:

@@ -1,7 +1,7 @@
 """A judge behind any server with /v1/chat/completions.
 
 vLLM, llama.cpp's server, transformers serve and hosted models speak it.
-Source: the OpenAI API reference, of which only what all of them take is used.
+Source: the OpenAI API reference, of which only what all of them take is used; and a penalty.
 """
 
 import os
@@ -11,15 +11,19 @@ from llama_lightning.evaluation.http_json import ReadLimit, Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
 
 PREFLIGHT_S = 4.0
+# No part of the API, and refused by some; in the words of vLLM, and of llama.cpp.
+PENALTY = ("repetition_penalty", "repeat_penalty")
 
 
 class OpenAIJudge:
     """A model on an OpenAI-compatible server."""
 
     def __init__(self, config: JudgeConfig) -> None:
+        self._backend = config.backend  # openai, or prometheus behind a server
         url = (config.base_url or "").rstrip("/")
         self._url = url if url.endswith("/v1") else f"{url}/v1"
-        self._model = config.model
+        self._model = config.model_name
+        self._takes_penalty = True
         self._limit = ReadLimit(config.read_timeout_s)
         self._key_env = config.api_key_env
         self._headers = {}
@@ -34,7 +38,7 @@ class OpenAIJudge:
     @property
     def name(self) -> str:
         """The model, wherever it runs: a restarted server may have another port."""
-        return f"openai {self._model}"
+        return f"{self._backend} {self._model}"
 
     def _refusal(self, error: Refused) -> JudgeError:
         if error.status in (401, 403):
@@ -76,16 +80,20 @@ class OpenAIJudge:
 
     def reply(self, request: Request) -> Reply:
         """Chat once. See the protocol for what is raised."""
-        body = {
+        parts = request.prompt._asdict()
+        if self._backend == "prometheus":
+            parts = {"user": request.prompt.merged}
+        body: dict[str, object] = {
             "model": self._model,
-            "messages": [
-                {"role": "system", "content": request.prompt.system},
-                {"role": "user", "content": request.prompt.user},
-            ],
+            "messages": [{"role": role, "content": text} for role, text in parts.items()],
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
             "seed": request.seed,
         }
+        if request.top_p is not None:
+            body["top_p"] = request.top_p
+        if request.repetition_penalty not in (None, 1.0) and self._takes_penalty:
+            body |= dict.fromkeys(PENALTY, request.repetition_penalty)
         try:
             with self._limit.waiting() as seconds:
                 answer = call_json(
@@ -96,6 +104,11 @@ class OpenAIJudge:
                 raise self._refusal(error) from error
             if "context" in error.message or "too long" in error.message:
                 raise TooLong(error.message) from error
+            if PENALTY[0] in body and any(name in error.message for name in PENALTY):
+                if self._takes_penalty:  # no other thread has said it yet
+                    self._takes_penalty = False
+                    print(f"judge: {self._url} takes no repetition_penalty: graded without it")
+                return self.reply(request)
             raise RequestFailed(str(error), again=False) from error
         try:
             (choice, *_) = answer["choices"]
@@ -103,3 +116,6 @@ class OpenAIJudge:
         except (KeyError, TypeError, ValueError) as error:
             raise RequestFailed("the answer has no message") from error
         return Reply(text, truncated=choice.get("finish_reason") == "length")
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -6,21 +6,16 @@ gone on with as verdicts.jsonl is.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from llama_lightning.evaluation.asking import Question, ask_all
 from llama_lightning.evaluation.duels import SAME_WORDS, Duel
 from llama_lightning.evaluation.grading import make_judge, shows_reference
 from llama_lightning.evaluation.judge import JudgeConfig
-from llama_lightning.evaluation.pairs import (
-    CHOICE_SCHEMA,
-    PAIR_PROMPT,
-    build_pair_prompt,
-    parse_choice,
-)
+from llama_lightning.evaluation.pairs import CHOICE_SCHEMA, parse_choice
 from llama_lightning.evaluation.parse import Parsed
-from llama_lightning.evaluation.rubric import RUBRIC
-from llama_lightning.evaluation.settings import hash_of, settings_of
+from llama_lightning.evaluation.settings import settings_of
 from llama_lightning.evaluation.verdicts import VerdictFile
 from llama_lightning.records import Response
 
@@ -51,14 +46,13 @@ def judge_pairs(
     with_reference = shows_reference(config, [one for one, _ in pairs])
     judge = make_judge(config)
     judge.preflight()
-    version = hash_of([*PAIR_PROMPT, RUBRIC])[:12]
-    settings = settings_of(config, judge, with_reference=with_reference, prompt=version)
+    settings = settings_of(config, judge, with_reference=with_reference, pairwise=True)
     names = [os.path.relpath(run, folder) for run in runs]
 
     def question(
         one: Response, other: Response, first: str, parse: Callable[[str], Parsed]
     ) -> Question:
-        prompt = build_pair_prompt(one, other, with_reference=with_reference)
+        prompt = settings.pair_prompt_on(one, other)
         request = settings.request(prompt, one, CHOICE_SCHEMA, other)
         return Question(settings.key_of(prompt, one.sample, first), request, parse, first)
 
@@ -69,7 +63,8 @@ def judge_pairs(
         for a, b in pairs
     ]
     asked = [q for both in questions if both is not None for q in both]
-    with VerdictFile(folder / PAIRWISE, {**settings._asdict(), "runs": names}, CURE) as file:
+    shared = {**settings._asdict(), "runs": names}
+    with closing(judge), VerdictFile(folder / PAIRWISE, shared, CURE) as file:
         ask_all(judge, asked, file, config.concurrency)
         return [
             SAME_WORDS if both is None else Duel(file[both[0].key], file[both[1].key])

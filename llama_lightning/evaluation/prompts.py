@@ -17,6 +17,11 @@ class JudgePrompt(NamedTuple):
     system: str
     user: str
 
+    @property
+    def merged(self) -> str:
+        """The system text before the user's, for chats that have no place for it: Mistral's."""
+        return f"{self.system}\n{self.user}"
+
 
 JUDGE_SFT_PROMPT = JudgePrompt(
     system=(
@@ -34,12 +39,15 @@ JUDGE_SFT_PROMPT = JudgePrompt(
 )
 REFERENCE_NOTE = "The reference answer shows what a response of score 5 may look like."
 
-# Of Llama, Mistral, ChatML, Gemma and DeepSeek chats; our own tags; our own mark of a score.
+# Of Llama, Mistral, ChatML, Gemma and DeepSeek chats; our own tags; our own mark of a score; the
+# headings of a Prometheus prompt.
 _SPECIAL = re.compile(
     r"<(?=[|｜<])"
     r"|<(?=/?(?:s|bos|eos|pad|unk|think|start_of_turn|end_of_turn)>)"
     r"|<(?=/?(?:task_instruction|task_input|reference_answer|graded_response)\b)"
-    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|RESULT|SCORE)\b)",
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|RESULT|SCORE)\b)"
+    r"|#(?=##\s*(?:Task Description|The instruction to evaluate|Response (?:to evaluate|[AB])|"
+    r"Reference Answer|Score Rubrics?|Feedback)\b|##Instruction:)",
     re.IGNORECASE,
 )
 

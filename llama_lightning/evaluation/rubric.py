@@ -19,3 +19,8 @@ LEVELS = {
     "unnecessary details or elaboration.",
 }
 RUBRIC = "\n".join(f"{level}: {text}" for level, text in LEVELS.items())
+# What the levels are about, for prompts that ask for it; the original has no such line.
+CRITERION = (
+    "Does the response follow the instructions with clear, accurate and relevant information, and "
+    "without unnecessary detail?"
+)

@@ -1,7 +1,8 @@
 """The shape of a Llama: the fields of a Hugging Face config.json that change a number.
 
-Fields a config.json may hold and this network does not have are refused, never ignored.
-Source: config.json of meta-llama/Llama-3.2-1B and -3B.
+Fields a config.json may hold and this network does not have are refused, never ignored. A Mistral
+without a sliding window is the same network.
+Source: config.json of meta-llama/Llama-3.2-1B and -3B; MistralConfig of transformers.
 """
 
 from collections.abc import Sequence
@@ -103,8 +104,16 @@ def config_from_huggingface(raw: dict[str, Any]) -> LlamaConfig:
     Raises:
         ValueError: a missing key, or a feature this network does not have.
     """
-    if raw.get("model_type") != "llama":
-        raise ValueError(f"model_type is {raw.get('model_type')!r}, not 'llama'")
+    kind = raw.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise ValueError(f"model_type is {kind!r}, not 'llama' or 'mistral'")
+    # transformers takes a Mistral's missing key for a window of 4096 tokens.
+    window = raw.get("sliding_window", 4096) if kind == "mistral" else None
+    if window is not None:
+        raise ValueError(
+            f"sliding_window is {window!r}: attention in a window is not supported, only a Mistral "
+            "without one (null; from version 0.2 on)"
+        )
     # transformers 5 moved rope_theta and rope_scaling into one dictionary.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))

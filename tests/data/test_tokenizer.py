@@ -312,6 +312,15 @@ def test_broken_ranks_are_refused(tmp_path, lines):
     assert "\n" not in str(caught.value)
 
 
+def test_sentencepiece_is_refused(tmp_path):
+    # How Llama 2's and Mistral's tokenizer.model begins.
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15\x00\x00")
+    with pytest.raises(DataError, match=r"tokenizer\.model: not a Llama 3 tokenizer") as caught:
+        Tokenizer.from_path(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 @needs_llama3
 def test_a_download_that_was_cut_is_refused(tmp_path):
     # Cut in the middle of a line, at places where what is left still looks like ranks.

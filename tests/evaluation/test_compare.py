@@ -12,7 +12,9 @@ import pytest
 from llama_lightning.cli import main
 from llama_lightning.evaluation import asking, report
 from llama_lightning.evaluation.comparison import compare_differences, needed_pairs
-from tests.fake_ollama import FakeOllama, Fault, Words
+from llama_lightning.evaluation.prometheus_prompts import build_prometheus_pair_prompt
+from llama_lightning.evaluation.responses import read_responses
+from tests.fake_ollama import FakeOllama, FakeOpenAI, Fault, Words
 
 ROOT = Path(__file__).parents[2]
 USAGE, FILES = 2, 3
@@ -353,6 +355,32 @@ def test_pairwise_in_both_orders(say: Say, two_runs: None) -> None:
         code, said = say("compare", "b", "a", *keys)
         assert code == USAGE
         assert "runs was ['../a', '../b'] and is ['../b', '../a']; name another folder" in said
+
+
+def test_pairwise_by_a_prometheus(say: Say, two_runs: None) -> None:
+    """It is asked as it was trained to be, and not held to another form."""
+
+    def longer(body: dict[str, Any]) -> Words:
+        user = body["messages"][0]["content"]
+        one, other = (re.search(rf"###Response {letter}:\n(.*)", user)[1] for letter in ("A", "B"))
+        return Words(f"By length. [RESULT] {'A' if len(one) > len(other) else 'B'}")
+
+    with FakeOpenAI(longer) as server:
+        keys = ("--judge.backend=prometheus", "--judge.model=judge")
+        code, said = say("compare", "a", "b", *keys, f"--judge.base_url={server.url}")
+    print(said)
+    assert code == 0
+    assert len(server.chats) == 2 * 20
+    a, b = (read_responses(Path(run, "responses.jsonl"))[0] for run in "ab")
+    for chat, (one, other) in zip(server.chats, [(a, b), (b, a)], strict=False):
+        prompt = build_prometheus_pair_prompt(one, other, with_reference=True)
+        assert chat["messages"] == [{"role": "user", "content": prompt.merged}]
+        assert (chat["temperature"], chat["top_p"]) == (1.0, 0.9)
+        assert "response_format" not in chat
+    assert "n=30 pairs, 10 wins 10 ties 10 losses" in said
+    settings = json.loads(Path("b/pairwise.settings.json").read_text())
+    assert (settings["words"], settings["judge"]) == ("prometheus", "prometheus judge")
+    assert "<dt>pairwise, judge</dt><dd>prometheus judge</dd>" in Path("b/compare.html").read_text()
 
 
 def test_a_place_is_no_win(say: Say, two_runs: None) -> None:

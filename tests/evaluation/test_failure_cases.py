@@ -8,6 +8,7 @@ import functools
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from llama_lightning.assets import TINY
 from llama_lightning.cli import main
 from llama_lightning.errors import JudgeError, UsageError
 from llama_lightning.evaluation import http_json
@@ -34,6 +36,7 @@ from tests.evaluation.test_judge import (
     write,
 )
 from tests.fake_ollama import FakeOllama, FakeOpenAI, FakeServer, Fault, Words, four
+from tests.judge_model import change_config
 
 HELD: set[int] = set()
 
@@ -351,6 +354,18 @@ def test_19_no_memory_for_the_judge(path: Path) -> None:
     assert "the verdicts so far are in" in str(error.value)
     assert [v["status"] for v in verdicts(path)][:2] == ["graded"] * 2
     assert len(rows(path)) == 6
+    # On this machine: the memory of a CPU; a GPU's own error is read in test_prometheus.py.
+    judge = shutil.copytree(TINY, path.parent / "judge")
+    change_config(judge, max_position_embeddings=10**13)
+    keys = {"backend": "prometheus", "model": str(judge), "max_new_tokens": 10**12}
+    output = path.parent / "here"
+    with pytest.raises(JudgeError) as error:
+        grade_file(JudgeConfig(**keys, output=str(output)), path)
+    print(error.value)
+    for words in ("memory is full", "judge.dtype nf4", "judge.backend ollama", "so far are in"):
+        assert words in str(error.value)
+    assert rows(output / "verdicts.jsonl") == []  # no verdict is better than a wrong one
+    assert len(rows(path)) == 6
 
 
 @case
@@ -385,6 +400,13 @@ def test_21_packages_of_another_judge_are_missing(
         assert grade(path, other, **keys).graded == 6
     output = str(path.parent / "exact")
     assert grade_file(JudgeConfig(backend="exact", output=output), path).graded == 6
+    # And the judge that they are for says how to get them, here or behind a server.
+    for keys in ({"model": str(TINY)}, {"model": "judge", "base_url": "http://127.0.0.1:9"}):
+        with pytest.raises(JudgeError) as error:
+            grade_file(JudgeConfig(backend="prometheus", **keys), path)
+        assert str(error.value) == (
+            "judge.backend prometheus needs the package prometheus-eval; pip install -e '.[judge]'"
+        )
 
 
 def in_form(body: dict[str, Any]) -> Words:

@@ -1,7 +1,9 @@
 """Our logits are transformers' logits, and the comparison notices every constant that matters."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
+from llama_lightning.errors import WeightsError
 from llama_lightning.model import llama
 from llama_lightning.model.config import LlamaConfig, RopeScaling
 from llama_lightning.model.llama import Block, Llama
 from llama_lightning.model.rope import apply_rope, rope_tables
+from llama_lightning.weights.huggingface import load_huggingface, read_config
 from tests.model.oracle import (
     SMALL,
     huggingface_twin,
@@ -179,6 +183,53 @@ def test_qkv_bias_equals_qwen2() -> None:
         without = _difference(model, tokens, positions, reference)
     print(f"max |logit difference| {difference:.2e}; with the biases at zero {without:.2e}")
     assert difference <= BOUND < without
+
+
+def _mistral(**changes: Any) -> transformers.MistralForCausalLM:
+    """A Mistral of version 0.2's kind: untied head, a theta of a million, no scaling, no window."""
+    shape = {
+        key: value
+        for key, value in vars(SMALL).items()
+        if key not in ("rope_scaling", "rope_theta", "qkv_bias", "dropout", "tie_word_embeddings")
+    }
+    constants = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    config = transformers.MistralConfig(**shape, **{"sliding_window": None, **constants, **changes})
+    twin = transformers.MistralForCausalLM(config).eval()
+    randomise(twin)
+    return twin
+
+
+@torch.no_grad()
+def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
+    twin = _mistral()
+    twin.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    assert (config.rope_theta, config.rope_scaling, config.tie_word_embeddings) == (
+        1e6,
+        None,
+        False,
+    )
+    model = load_huggingface(tmp_path, config, dtype=torch.float32).eval()
+    tokens, positions = _inputs(8192)
+    reference = twin(tokens, position_ids=positions.expand_as(tokens), use_cache=False).logits
+    difference = _difference(model, tokens, positions, reference)
+    wrong = Llama(replace(config, rope_theta=5e5)).eval()
+    wrong.load_state_dict(model.state_dict())
+    broken = _difference(wrong, tokens, positions, reference)
+    print(f"max |logit difference| {difference:.2e} (bound {BOUND:.0e}); theta broken {broken:.2e}")
+    assert difference <= BOUND < broken
+
+
+@pytest.mark.parametrize("window", [32, "absent"])
+def test_a_mistral_with_a_window_is_refused(window: int | str, tmp_path: Path) -> None:
+    raw = _mistral(sliding_window=32).config.to_dict()
+    if window == "absent":
+        del raw["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(WeightsError, match="window is not supported") as caught:
+        read_config(tmp_path)
+    print(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_dropout_is_only_on_in_training() -> None:

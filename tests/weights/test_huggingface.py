@@ -418,7 +418,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
     "pretraining_tp": ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
     "quantization": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
-    "model_type": ({"model_type": "mistral"}, "model_type is 'mistral', not 'llama'"),
+    "model_type": ({"model_type": "gpt2"}, "model_type is 'gpt2', not 'llama' or 'mistral'"),
     "kv heads": ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
     "odd head_dim": ({"head_dim": 63}, "head_dim=63 is odd"),
     "no number": ({"hidden_size": None}, "hidden_size|NoneType"),

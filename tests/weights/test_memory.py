@@ -25,6 +25,7 @@ import sys
 import threading
 from pathlib import Path
 import torch
+from llama_lightning.model.llama import Llama
 from llama_lightning.weights import base
 
 def anonymous():
@@ -36,7 +37,10 @@ def watch():
     while not loaded.wait(0.001):
         peak = max(peak, anonymous())
 
-for folder in map(Path, sys.argv[1:]):
+folders = [Path(name) for name in sys.argv[1:]]
+with torch.device("meta"):
+    Llama(base.read_config(folders[0]))  # at its first use torch imports more, which is no weight
+for folder in folders:
     model = None
     peak, loaded, before = 0, threading.Event(), anonymous()
     watcher = threading.Thread(target=watch)
