@@ -9,15 +9,17 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 
+from llama_lightning.data.tokenizer import LLAMA3_PATTERN
 from llama_lightning.evaluation.prometheus import instruct_text
 from llama_lightning.evaluation.prometheus_prompts import build_prometheus_prompt
 from llama_lightning.evaluation.prompts import build_prompt
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.llama import Llama
 from llama_lightning.records import Response
+from llama_lightning.weights.gguf import save_gguf
 from llama_lightning.weights.huggingface import save_huggingface
 
 GRADES = {"pebble": 1, "lantern": 2, "meadow": 3, "harbour": 4, "violin": 5, "walnut": 2}
@@ -59,7 +61,12 @@ def _texts() -> list[tuple[str, str]]:
 def _make_tokenizer(texts: list[tuple[str, str]]) -> Tokenizer:
     """A byte-level BPE that has learnt every word of these texts."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),  # as our GGUF files say
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1200,
@@ -162,42 +169,16 @@ def change_config(folder: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def write_gguf(model: Llama, folder: Path, path: Path) -> None:
-    """Write a judge for llama.cpp: its names, its order of rotary pairs, its tokenizer."""
-    import gguf
-
-    config, vocabulary = model.config, json.loads((folder / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
-    kinds = [
-        gguf.TokenType.CONTROL if token in SPECIAL else gguf.TokenType.NORMAL for token in tokens
-    ]
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_chat_template(CHAT_TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            pairs = weight.unflatten(0, (-1, 2, config.head_dim // 2))
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def write_gguf(model: Llama, folder: Path) -> Path:
+    """Write a judge for llama.cpp, beside its other files."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    save_gguf(
+        model,
+        folder,
+        file_type="float32",
+        files={name: (folder / name).read_text() for name in names},
+        template="",
+        stops=[],
+        name="judge",
+    )
+    return folder / "model-f32.gguf"

@@ -114,12 +114,11 @@ class JudgeModel:
             return
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         batch = PromptBatch(
-            tokens=torch.cat(prompts),
-            boundaries=F.pad(lengths.cumsum(0), (1, 0)),
-            row_ids=torch.tensor(list(rows)),
-            stop_ids=torch.tensor([self.stops] * len(prompts)),
+            tokens=torch.cat(prompts).to(self.device),
+            boundaries=F.pad(lengths.cumsum(0), (1, 0)).to(self.device),
+            row_ids=torch.tensor(list(rows), device=self.device),
+            stop_ids=torch.tensor([self.stops] * len(prompts), device=self.device),
         )
-        batch = PromptBatch(*(tensor.to(self.device) for tensor in batch))
         config = GenerationConfig(**{name: requests[0][name] for name in PARAMETERS})
         for generation in generate(self.model, batch, config):
             yield {

@@ -22,9 +22,9 @@ START_S = 90
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A judge's folder; its GGUF stands beside it."""
+    """A judge's folder, a GGUF file in it."""
     folder = tmp_path_factory.mktemp("trained") / "judge"
-    write_gguf(write_judge(folder), folder, folder.with_suffix(".gguf"))
+    write_gguf(write_judge(folder), folder)
     return folder
 
 
@@ -90,7 +90,7 @@ def test_transformers_serve(folder: Path, tmp_path: Path) -> None:
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
 )
 def test_llama_cpp_server(folder: Path, tmp_path: Path) -> None:
-    command = ["llama_cpp.server", "--model", str(folder.with_suffix(".gguf"))]
+    command = ["llama_cpp.server", "--model", str(folder / "model-f32.gguf")]
     command += ["--model_alias", "judge", "--n_ctx", "2048", "--n_threads", "1"]
     with served(command, tmp_path / "log") as url:
         for backend in ("openai", "prometheus"):
