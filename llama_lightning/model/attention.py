@@ -149,5 +149,7 @@ def attention(
         return out.reshape(len(q), num_kv_heads * groups, num_tokens, -1).transpose(1, 2)
     if rows is None:
         return _causal(q, k, v)
-    kernel = varlen_kernel() if q.is_cuda and q.itemsize == 2 else None  # 16 bits only
+    # The kernel computes in 16 bits, on Ampere and newer.
+    fits = q.is_cuda and q.itemsize == 2 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    kernel = varlen_kernel() if fits else None
     return _over_grids(q, k, v, rows) if kernel is None else end_to_end(q, k, v, rows, kernel)

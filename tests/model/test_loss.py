@@ -174,7 +174,7 @@ def _plain_loss(model: Llama, batch: Flat) -> Tensor:
 def test_the_loss_in_chunks_has_the_plain_gradient_in_full_fine_tuning(
     tied: bool, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", chunk)
+    monkeypatch.setattr("llama_lightning.model.loss.CPU_CHUNK", chunk)
     model = small_llama(small_config(tie_word_embeddings=tied), std=0.05).to(dtype)
     batch = flat_batch(random_records(SHAPES))
     losses, gradients = [], []
@@ -215,7 +215,7 @@ def _rows_seen(module: nn.Module) -> list[int]:
 def test_only_supervised_positions_meet_the_head_and_the_last_mlp(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 32)
+    monkeypatch.setattr("llama_lightning.model.loss.CPU_CHUNK", 32)
     model, batch = small_llama(), flat_batch(random_records(SHAPES))
     num_targets = sum(length - prompt for length, prompt in SHAPES)
     head = _rows_seen(model.lm_head)
@@ -230,7 +230,7 @@ def test_only_supervised_positions_meet_the_head_and_the_last_mlp(
 
 
 def test_evaluation_sums_the_loss_and_counts_hits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 4)
+    monkeypatch.setattr("llama_lightning.model.loss.CPU_CHUNK", 4)
     head = nn.Linear(8, 5, bias=False)
     hidden, targets = torch.randn(10, 8), torch.randint(5, (10,))
     loss, hits = loss_and_hits(hidden, targets, head)
