@@ -543,9 +543,7 @@ def test_log_to_clearml(run: Runner, tmp_path: Path) -> None:
     assert there == tags
     assert ("samples", "responses") in logged
     plain = run(**{"samples.every_n_steps": 1}).scalars("train/loss")
-    # It seeds nothing. The last bit depends on where a process's tensors lie in memory.
-    losses = [event.value for event in events.Scalars("train/loss")]
-    assert losses == pytest.approx(plain, rel=1e-6)
+    assert [event.value for event in events.Scalars("train/loss")] == plain  # it seeds nothing
     assert task["name"].startswith("first-")
     assert task["hyperparams"]["General"]["model.lora.rank"]["value"] == "4"
     assert {a["key"] for a in task["execution"]["artifacts"]} >= {"last.ckpt", "config.yaml"}
