@@ -7,6 +7,7 @@ can run where no real weights are. What it answers is noise.
 import argparse
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,14 @@ def write_random_llama(folder: Path, shape: str, *, tokenizer: Path | None = Non
     if tokenizer is not None:
         shutil.copy(tokenizer, folder / "tokenizer.model")
     return total
+
+
+def kept_random_llama(shape: str, tokenizer: Path) -> Path:
+    """Random weights of a shape, written once and kept in the temporary folder."""
+    folder = Path(tempfile.gettempdir()) / "llama_lightning_benchmarks" / shape
+    if not (folder / "tokenizer.model").is_file():  # what is written last
+        write_random_llama(folder, shape, tokenizer=tokenizer)
+    return folder
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from llama_lightning.records import PromptBatch
 from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.trainer import Trainer
 from tests.benchmarks.machine import machine_name, memory, synchronize
-from tests.random_llama import SHAPES, write_random_llama
+from tests.random_llama import SHAPES, kept_random_llama
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 # Rows, batch, new tokens: a few batches of equal answers, then a data set of uneven ones.
@@ -197,9 +197,7 @@ def main() -> None:
         compare(args, [argument for argument in sys.argv[1:] if argument != "--peers"])
         return
     torch.set_num_threads(args.threads)
-    folder = Path(tempfile.gettempdir()) / "llama_lightning_benchmarks" / args.shape
-    if not (folder / "tokenizer.model").is_file():  # what is written last
-        write_random_llama(folder, args.shape, tokenizer=args.tokenizer)
+    folder = kept_random_llama(args.shape, args.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         records = Path(scratch) / "records.json"
         records.write_text(json.dumps(json.loads(args.records.read_text())[: args.rows]))

@@ -103,10 +103,9 @@ def main() -> None:
     if args.peer is not None:
         (ours if args.peer == "llama_lightning" else huggingface)(args, folder)
         return
-    if not (folder / "tokenizer.model").is_file():  # what is written last
-        from tests.random_llama import write_random_llama
+    from tests.random_llama import kept_random_llama  # torch: not in the processes that are timed
 
-        write_random_llama(folder, args.shape, tokenizer=args.tokenizer)
+    kept_random_llama(args.shape, args.tokenizer)
     this = [sys.executable, "-m", "tests.benchmarks.startup", *sys.argv[1:], "--peer"]
     commands = {
         "llama_lightning": [*this, "llama_lightning"],

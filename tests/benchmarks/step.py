@@ -21,8 +21,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.profilers import SimpleProfiler
 
 from llama_lightning.data.alpaca import AlpacaDataModule
+from llama_lightning.data.token_file import Examples
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig
+from llama_lightning.records import Example
 from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.optim import OptimizerConfig
 from llama_lightning.training.trainer import Trainer
@@ -33,7 +35,7 @@ from tests.benchmarks.machine import (
     seconds_since_start,
     synchronize,
 )
-from tests.random_llama import SHAPES, write_random_llama
+from tests.random_llama import SHAPES, kept_random_llama
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 PRECISION = {
@@ -44,20 +46,30 @@ PRECISION = {
 }
 
 
-class FoldedData(AlpacaDataModule):
+class FoldedExamples:
     """Token numbers folded into a smaller vocabulary, for shapes narrower than the tokenizer."""
 
+    def __init__(self, examples: Examples, vocab_size: int) -> None:
+        self.examples, self.vocab_size = examples, vocab_size
+        self.lengths, self.num_targets = examples.lengths, examples.num_targets
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> Example:
+        example = self.examples[i]
+        return example._replace(
+            tokens=[t % self.vocab_size for t in example.tokens],
+            labels=[t % self.vocab_size if t >= 0 else t for t in example.labels],
+        )
+
+
+class FoldedData(AlpacaDataModule):
     vocab_size: int
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.train_examples = [
-            e._replace(
-                tokens=[t % self.vocab_size for t in e.tokens],
-                labels=[t % self.vocab_size if t >= 0 else t for t in e.labels],
-            )
-            for e in self.train_examples
-        ]
+        self.train_examples = FoldedExamples(self.train_examples, self.vocab_size)
 
 
 class Clock(Callback):
@@ -123,14 +135,6 @@ def generate_records(path: Path, count: int, words: int) -> None:
         output = " ".join(rng.choices(some, k=words)) if words else text(size)
         records.append({"instruction": instruction, "output": output})
     path.write_text(json.dumps(records))
-
-
-def base_folder(shape: str, tokenizer: Path) -> Path:
-    """Random weights of a shape, written once and kept in the temporary folder."""
-    folder = Path(tempfile.gettempdir()) / "llama_lightning_benchmarks" / shape
-    if not (folder / "tokenizer.model").is_file():  # what is written last
-        write_random_llama(folder, shape, tokenizer=tokenizer)
-    return folder
 
 
 def parse() -> argparse.Namespace:
@@ -245,7 +249,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    folder = base_folder(args.shape, args.tokenizer)
+    folder = kept_random_llama(args.shape, args.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         records = args.records
         if args.generated:
