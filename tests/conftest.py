@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-# pytest has a process a core; on tensors this small a second thread in one of them only costs. The
+# pytest has several processes; on tensors this small a second thread in one of them only costs. The
 # processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,8 +21,10 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's fit takes longest: begun last, it would leave the other cores idle."""
-    items.sort(key=lambda item: "test_fit_predict" not in item.nodeid)
+    """Begun last, the files that take longest would leave the other cores idle."""
+    longest = ("test_fit_predict", "test_stopped", "test_resume", "test_original_parameters")
+    order = {name: place for place, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)
