@@ -52,26 +52,24 @@ def huggingface(args: argparse.Namespace, folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    from llama_lightning.data.examples import encode_examples, read_rows
+    from llama_lightning.data.examples import encode_row
+    from llama_lightning.data.rows import read_rows
     from llama_lightning.data.templates import TEMPLATES
     from llama_lightning.data.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_path(folder)
-    examples, _ = encode_examples(
-        read_rows(args.records),
-        tokenizer,
-        TEMPLATES["alpaca"],
-        max_seq_len=512,
-        train_on_prompt=False,
-    )
+    tokenizer, template = Tokenizer.from_path(folder), TEMPLATES["alpaca"]
+    # The whole file, as ours does it too.
+    encoded = [
+        encode_row(row, tokenizer, template, max_seq_len=512) for row in read_rows(args.records)
+    ]
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    batch = examples[: args.batch]
+    batch = encoded[: args.batch]
     longest = max(len(e.tokens) for e in batch)
     pads = [longest - len(e.tokens) for e in batch]
-    labels = [[-100, *e.labels[:-1]] for e in batch]  # shifted there
+    labels = [[t if learnt else -100 for t, learnt in zip(*e[:2], strict=True)] for e in batch]
     model(
         input_ids=torch.tensor([e.tokens + [0] * n for e, n in zip(batch, pads, strict=True)]),
         attention_mask=torch.tensor([[1] * (longest - n) + [0] * n for n in pads]),
