@@ -21,6 +21,8 @@ from llama_lightning.records import Generation, PromptBatch
 
 # A further pass through the weights is worth as much as so many tokens, copied or not padded.
 PASS_TOKENS = 16
+# Tokens of one prefill, pads included: they are in memory with all that a block makes of them.
+PREFILL_TOKENS = 8192
 # Prompts come in when this part of the rows is free: fewer passes for prefills, few idle rows.
 MIN_FREE = 1 / 8
 
@@ -122,7 +124,7 @@ class ContinuousBatch:
         """Choose prompts to prefill together, each with the cache row to copy from and how much.
 
         One that can copy much from another of them waits until that is there. What is left of the
-        others is of similar length, so that few pads are computed.
+        others is of similar length, so that few pads are computed, and together no more than fits.
         """
         ready = []
         for number, row in enumerate(arriving):
@@ -133,7 +135,8 @@ class ContinuousBatch:
                 ready.append((row, source, min(shared, most)))
         left = [len(row.prompt) - shared for row, _, shared in ready]
         longest = max(left)
-        return [item for item, n in zip(ready, left, strict=True) if longest - n < PASS_TOKENS]
+        group = [item for item, n in zip(ready, left, strict=True) if longest - n < PASS_TOKENS]
+        return group[: max(1, PREFILL_TOKENS // longest)]
 
     def _prefill(self, group: list[tuple[_Row, int, int]]) -> None:
         """Read prompts into the rows behind the running ones, and find the logits behind each."""

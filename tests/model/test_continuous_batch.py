@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_lightning.model import continuous_batch
 from llama_lightning.model.continuous_batch import ContinuousBatch
 from llama_lightning.model.generate import generate
 from llama_lightning.model.llama import Backbone, Llama
@@ -129,6 +130,17 @@ def test_what_prompts_share_is_read_once(tokens_read: list[tuple[int, int]]) -> 
     samples = GenerationConfig(max_new_tokens=1, temperature=1.0, num_samples=8)
     _texts(model, _batch(prompts[:1]), samples)
     assert sorted(tokens_read) == [(1, len(prompts[0])), (7, 1)]
+
+
+def test_no_more_is_read_at_once_than_fits(
+    tokens_read: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous_batch, "PREFILL_TOKENS", 128)
+    torch.manual_seed(0)
+    model = small_llama()
+    prompts = [torch.randint(SMALL.vocab_size, (50,)).tolist() for _ in range(7)]
+    _texts(model, _batch(prompts), GenerationConfig(max_new_tokens=1))
+    assert [shape for shape in tokens_read if shape[1] > 1] == [(2, 50)] * 3 + [(1, 50)]
 
 
 def test_prompts_come_in_batch_by_batch() -> None:
