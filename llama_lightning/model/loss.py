@@ -39,10 +39,12 @@ def _logits(hidden: Tensor, lm_head: nn.Module) -> Tensor:
 
 
 def _add(sums: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
-    """Add in place; without sums yet, the terms are their beginning."""
-    for total, term in zip(sums, terms, strict=False):
+    """Add in place, in fp32 at least; without sums yet, the terms are their beginning."""
+    if not sums:
+        return [term.to(torch.promote_types(term.dtype, torch.float32)) for term in terms]
+    for total, term in zip(sums, terms, strict=True):
         total += term
-    return sums or terms
+    return sums
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -64,7 +66,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
             of_hidden.append(gradients.pop(0))
             of_weights = _add(of_weights, gradients)
             del loss, gradients  # large, and not needed while the next are made
-        ctx.save_for_backward(torch.cat(of_hidden), *of_weights)
+        stored = (total.to(weight.dtype) for total, weight in zip(of_weights, weights, strict=True))
+        ctx.save_for_backward(torch.cat(of_hidden), *stored)
         return torch.stack(losses).sum()
 
     @staticmethod

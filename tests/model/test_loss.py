@@ -1,5 +1,6 @@
 """Loss and LoRA gradients are those of transformers with PEFT, batched and one by one."""
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -258,6 +259,24 @@ def test_the_loss_is_fp32_at_least(stored: torch.dtype, computed: torch.dtype) -
     assert loss.dtype == computed
     assert hidden.grad is not None
     assert hidden.grad.dtype == stored
+
+
+def test_chunks_hardly_round_a_16_bit_heads_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head = nn.Linear(64, 50, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(512, 64, dtype=torch.bfloat16)
+    targets = torch.randint(50, (512,))
+    exact = copy.deepcopy(head).double()
+    summed_cross_entropy(hidden.double(), targets, exact).backward()
+    errors = []
+    for chunk in (512, 4):
+        monkeypatch.setattr("llama_lightning.model.loss.CPU_CHUNK", chunk)
+        head.zero_grad()
+        summed_cross_entropy(hidden, targets, head).backward()
+        errors.append(relative_difference(head.weight.grad.double(), exact.weight.grad))
+    print(f"bf16 head: gradient {errors[0]:.1e} off at once, {errors[1]:.1e} in 128 chunks")
+    assert errors[1] <= 1.5 * errors[0]
 
 
 def test_no_label_at_all_is_a_loss_of_zero() -> None:
