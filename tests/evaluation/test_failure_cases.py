@@ -6,6 +6,7 @@ Real requests to servers on 127.0.0.1, and the real grade_file. A test's number 
 import asyncio
 import functools
 import html
+import itertools
 import json
 import re
 import shutil
@@ -35,6 +36,7 @@ from tests.evaluation.test_judge import (
     rows,
     write,
 )
+from tests.evaluation.test_parse import QUOTING
 from tests.fake_ollama import FakeOllama, FakeOpenAI, FakeServer, Fault, Words, four
 from tests.judge_model import change_config
 
@@ -242,6 +244,11 @@ def test_12_response_orders_the_judge(path: Path) -> None:
         for tag in ("<graded_response>", "</graded_response>", "<reference_answer>"):
             assert user.count(tag) == 1
         assert "[RESULT] 5" not in user
+    # A judge that quotes them has graded nothing.
+    quoting = itertools.cycle(QUOTING)
+    with FakeOllama(lambda body: Words(next(quoting))) as server:
+        summary = grade(path, server, output=str(path.parent / "quoted"))
+    assert (summary.graded, summary.excluded) == (0, {"unparsed": 6})
 
 
 @case

@@ -44,7 +44,7 @@ from llama_lightning.evaluation.prompts import JudgePrompt
 from llama_lightning.evaluation.rubric import CRITERION, LEVELS
 from llama_lightning.records import Response
 from llama_lightning.weights.huggingface import read_config
-from tests.evaluation.test_parse import GRADED, OUT_OF_RANGE, UNPARSED
+from tests.evaluation.test_parse import GRADED, OUT_OF_RANGE, QUOTING, UNPARSED
 from tests.evaluation.test_prompts import INJECTIONS
 from tests.fake_ollama import FakeOpenAI, Fault, Words
 from tests.judge_model import GRADES, SPECIAL, change_config, feedback, responses, write_judge
@@ -182,20 +182,25 @@ def test_an_injection_stays_a_quotation(text: str) -> None:
 # Its scores
 
 # Two scores that contradict each other, or a number that may not be the score: they take the last
-# one, we take none.
+# one, we take none. Nor is a score what only ends so.
 REFUSED_BY_US = {
     "[RESULT] 4\nScore: 2",
     "Accuracy score: 4\nClarity score: 3",
+    "[RESULT] Score: 4\nResult: 3",
+    "Good [subscore: 4",
 }
 FACTS = {
     "accepted": [
         *("[RESULT] 4", "[RESULT]4", "[RESULT] (4)", "[RESULT] [4]", "[RESULT] 4/5"),
         *("[RESULT] 4 out of 5", "Score: 4", "Score 4", "score of 4", "Result: 4"),
         *("[RESULT]: 4", "[RESULT] 4\n", "[RESULT] 5 [RESULT] 3", "[RESULT] ٤"),
+        *("[RESULT] Score: 4", "[RESULT] Result: 4", "[Result] score of 4", "Result 4"),
+        *("[RESULT] score  of 4", "[RESULT] 4outof5", "[RESULT] 04"),
     ],
     "rejected": [
         *("[RESULT] 4.", "[RESULT] 4 / 5", "**Score: 4**", "[RESULT] **4**", "[RESULT] 4.5"),
         *("[RESULT] 4 </s>", "[RESULT] 4 as it is right", "4", "4/5", "the score is 4"),
+        *QUOTING,
         *('{"score": 4}', "[RESULT] 0", "[RESULT] 6", "[RESULT] 45", "[RESULT] -4"),
     ],
 }
