@@ -5,8 +5,10 @@ The judge is small and trained here; it runs in a process of its own, as a real 
 
 import json
 import os
+import queue
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -244,6 +246,19 @@ def requests(**changes: Any) -> list[Request]:
     ]
 
 
+def test_a_process_that_ends_in_the_middle_of_a_line(folder: Path) -> None:
+    judge = LocalPrometheus(JudgeConfig(backend="prometheus", model=str(folder)))
+    said = json.dumps({"number": 0, "text": "a", "truncated": False})
+    lines = "\n".join(["no JSON", "[1]", said, '{"number": 1, "te'])
+    code = f"print({lines!r}, end=''); exit(7)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    first, second = queue.SimpleQueue(), queue.SimpleQueue()
+    judge._waiting = {0: first, 1: second}
+    judge._listen(process)
+    assert first.get(timeout=1) == json.loads(said)
+    assert second.get(timeout=1) == {"failed": "its process ended with exit code 7"}
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
 def test_a_killed_judge_and_the_same_command_again(
     folder: Path, file: Path, capfd: pytest.CaptureFixture[str]
@@ -292,7 +307,27 @@ def test_a_killed_judge_and_the_same_command_again(
     assert (summary["temperature"], summary["top_p"]) == (1.0, 0.9)
 
 
-def test_the_model_through_prometheus_eval(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+# Written to the descriptor itself, as a library in C would, from the start to the end.
+NOISE = """
+import os, threading, time
+os.write(1, b"Welcome!\\n3\\n{}\\n\\xff\\n")
+def write():
+    time.sleep(0.5)
+    while True:
+        os.write(1, b"noise ")
+        time.sleep(0.01)
+threading.Thread(target=write, daemon=True).start()
+"""
+
+
+def test_the_model_through_prometheus_eval(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NOISE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     judge = make_judge(
         JudgeConfig(backend="prometheus", model=str(folder), dtype="float32", concurrency=3)
     )
