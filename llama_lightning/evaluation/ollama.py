@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llama_lightning.errors import JudgeError
+from llama_lightning.evaluation.context import looks_cut, says_too_long
 from llama_lightning.evaluation.http_json import ReadLimit, Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
 
@@ -111,14 +112,14 @@ class OllamaJudge:
         uncached = len(user[cached:].split())
         self._recent.append(user)
         reply, read = self._chat(request, num_ctx)
-        if not _looks_cut(read, uncached, num_ctx):
+        if not looks_cut(read, uncached, num_ctx):
             return reply
         # With another context the model is loaded anew and its cache is empty: now the count tells.
         more = min(2 * num_ctx, self._longest or 2 * num_ctx)
         more -= more == num_ctx
         reply, read = self._chat(request, more)
         words = sum(len(part.split()) for part in request.prompt)
-        if _looks_cut(read, words, more):
+        if looks_cut(read, words, more):
             raise TooLong(f"the server read {read} tokens of a prompt of {words} words: it was cut")
         return reply
 
@@ -154,7 +155,7 @@ class OllamaJudge:
                 raise JudgeError(
                     f"judge.model: {error.message}; get it with `ollama pull {self._model}`"
                 ) from error
-            if "context" in error.message or "too long" in error.message:
+            if says_too_long(error.message):
                 raise TooLong(error.message) from error
             if schema is None:
                 raise RequestFailed(str(error), again=False) from error
@@ -172,17 +173,6 @@ class OllamaJudge:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _looks_cut(read: int | None, words: int, num_ctx: int) -> bool:
-    """Find signs that not all was read: fewer tokens than words, or a context that is full.
-
-    No token spans two words. Some engines take only half of the context for the prompt.
-    """
-    if read is None:
-        return False
-    half = num_ctx // 2
-    return read < words or read >= num_ctx - 1 or half <= read <= half + 2
 
 
 def _has_form(text: str, schema: Mapping[str, Any]) -> bool:

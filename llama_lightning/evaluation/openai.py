@@ -7,6 +7,7 @@ Source: the OpenAI API reference, of which only what all of them take is used; a
 import os
 
 from llama_lightning.errors import JudgeError, UsageError
+from llama_lightning.evaluation.context import looks_cut, says_too_long
 from llama_lightning.evaluation.http_json import ReadLimit, Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
 
@@ -102,7 +103,7 @@ class OpenAIJudge:
         except Refused as error:
             if error.status in (401, 403, 404):
                 raise self._refusal(error) from error
-            if "context" in error.message or "too long" in error.message:
+            if says_too_long(error.message):
                 raise TooLong(error.message) from error
             if PENALTY[0] in body and any(name in error.message for name in PENALTY):
                 if self._takes_penalty:  # no other thread has said it yet
@@ -113,8 +114,13 @@ class OpenAIJudge:
         try:
             (choice, *_) = answer["choices"]
             text = choice["message"]["content"] or ""
-        except (KeyError, TypeError, ValueError) as error:
+            # Some servers count nothing, and say 0.
+            read = (answer.get("usage") or {}).get("prompt_tokens") or None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RequestFailed("the answer has no message") from error
+        words = sum(len(part.split()) for part in request.prompt)
+        if looks_cut(read, words):
+            raise TooLong(f"the server read {read} tokens of a prompt of {words} words: it was cut")
         return Reply(text, truncated=choice.get("finish_reason") == "length")
 
     def close(self) -> None:

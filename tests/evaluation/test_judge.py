@@ -188,6 +188,41 @@ def test_openai(judge: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "secret" not in done.output + wrong.output + without.output
 
 
+def test_openai_that_cuts_prompts(judge: Runner, responses: Path, tmp_path: Path) -> None:
+    write(responses, [record(0), record(1, response="word " * 1500)])
+    with FakeOpenAI() as server:
+        server.window = 1024
+        done = judge(server, "openai", model="judge", max_excluded_fraction=0.5)
+        server.counts = False
+        told_nothing = judge(server, "openai", model="judge", output=str(tmp_path / "other"))
+    print(done.verdicts[1]["reason"])
+    assert [v["status"] for v in done.verdicts] == ["graded", "too_long"]
+    assert "the server read 1024 tokens of a prompt of" in done.verdicts[1]["reason"]
+    assert told_nothing.code == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ("This model's maximum context length is 4096 tokens.", "too_long"),
+        ("context_length_exceeded", "too_long"),
+        ("the request exceeds the available context size", "too_long"),
+        ("Requested tokens (9000) exceed context window of 2048", "too_long"),
+        ("the prompt is too long", "too_long"),
+        ("cannot create a CUDA context", "backend_error"),
+        ("no context shift with this cache", "backend_error"),
+    ],
+)
+def test_a_refusal_for_want_of_context(
+    judge: Runner, tmp_path: Path, message: str, status: str
+) -> None:
+    for kind, backend in ((FakeOpenAI, "openai"), (FakeOllama, "ollama")):
+        with kind(lambda body: Fault(400, message)) as server:
+            judge(server, backend, model=server.models[0], limit=1, output=str(tmp_path / backend))
+        (verdict,) = rows(tmp_path / backend / "verdicts.jsonl")
+        assert verdict["status"] == status
+
+
 def test_the_same_prompts_for_both_servers(judge: Runner, tmp_path: Path) -> None:
     with FakeOllama() as one, FakeOpenAI() as other:
         judge(one, output=tmp_path / "one")
