@@ -24,7 +24,6 @@ class OpenAIJudge:
         url = (config.base_url or "").rstrip("/")
         self._url = url if url.endswith("/v1") else f"{url}/v1"
         self._model = config.model_name
-        self._takes_penalty = True
         self._limit = ReadLimit(config.read_timeout_s)
         self._key_env = config.api_key_env
         self._headers = {}
@@ -93,7 +92,7 @@ class OpenAIJudge:
         }
         if request.top_p is not None:
             body["top_p"] = request.top_p
-        if request.repetition_penalty not in (None, 1.0) and self._takes_penalty:
+        if request.repetition_penalty not in (None, 1.0):
             body |= dict.fromkeys(PENALTY, request.repetition_penalty)
         try:
             with self._limit.waiting() as seconds:
@@ -106,10 +105,10 @@ class OpenAIJudge:
             if says_too_long(error.message):
                 raise TooLong(error.message) from error
             if PENALTY[0] in body and any(name in error.message for name in PENALTY):
-                if self._takes_penalty:  # no other thread has said it yet
-                    self._takes_penalty = False
-                    print(f"judge: {self._url} takes no repetition_penalty: graded without it")
-                return self.reply(request)
+                raise JudgeError(
+                    f"{self._url} takes no repetition penalty ({error}); set "
+                    "judge.repetition_penalty 1, which is none"
+                ) from error
             raise RequestFailed(str(error), again=False) from error
         try:
             (choice, *_) = answer["choices"]

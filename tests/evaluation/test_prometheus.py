@@ -545,8 +545,14 @@ def test_behind_a_server(
     with FakeOpenAI(brain) as server:
         keys = {"backend": "prometheus", "base_url": server.url, "model": "judge", "limit": 3}
         code, said = run(file, capfd, **keys)
+        # Grades with and without it do not mix: whoever judges chooses.
+        if not takes_penalty:
+            assert code == BACKEND
+            assert "takes no repetition penalty" in said
+            assert "set judge.repetition_penalty 1" in said
+            assert not verdicts(file)
+            code, said = run(file, capfd, **keys, repetition_penalty=1)
     assert code == 0
-    assert ("takes no repetition_penalty" in said) is not takes_penalty
     assert len(server.chats) == 3 + (not takes_penalty)
     (message,) = server.chats[0]["messages"]
     expected = build_prometheus_prompt(responses()[0], with_reference=True)
