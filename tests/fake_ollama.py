@@ -123,6 +123,11 @@ class FakeServer:
         raise NotImplementedError
 
 
+def tokens_of(text: str) -> int:
+    """Count a token a word or mark, as few as a tokenizer can do with."""
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
 class FakeOllama(FakeServer):
     """Ollama: /api/tags, /api/show, /api/chat.
 
@@ -136,14 +141,13 @@ class FakeOllama(FakeServer):
     _cache: tuple[int, str] = (0, "")
 
     def _read(self, body: dict[str, Any]) -> int:
-        """Count the tokens read: a token a word or mark, as few as a tokenizer can do with."""
         num_ctx = body["options"]["num_ctx"]
         prompt = " ".join(message["content"] for message in body["messages"])
         loaded, before = self._cache
         cached = len(os.path.commonprefix([before, prompt])) if loaded == num_ctx else 0
         self._cache = (num_ctx, prompt)
-        tokens = re.findall(r"\w+|[^\w\s]", prompt if self.counts_cached else prompt[cached:])
-        return min(len(tokens), self.window or num_ctx)
+        tokens = tokens_of(prompt if self.counts_cached else prompt[cached:])
+        return min(tokens, self.window or num_ctx)
 
     def error(self, message: str) -> dict[str, Any]:
         return {"error": message}
@@ -174,9 +178,16 @@ class FakeOllama(FakeServer):
 
 
 class FakeOpenAI(FakeServer):
-    """Any server with /v1: models and chat completions."""
+    """Any server with /v1: models and chat completions.
+
+    Attributes:
+        window: the tokens of a prompt that are read, the rest cut in silence; None: all.
+        counts: whether it says how many; else 0.
+    """
 
     models = ("judge", "other")
+    window: int | None = None
+    counts = True
 
     def error(self, message: str) -> dict[str, Any]:
         return {"error": {"message": message, "type": "invalid_request_error"}}
@@ -200,4 +211,7 @@ class FakeOpenAI(FakeServer):
                 "message": {"role": "assistant", "content": words.text},
                 "finish_reason": "length" if words.cut else "stop",
             }
-            self.send(handler, {"object": "chat.completion", "choices": [choice]})
+            tokens = sum(tokens_of(message["content"]) for message in body["messages"])
+            usage = {"prompt_tokens": min(tokens, self.window or tokens) if self.counts else 0}
+            answer = {"object": "chat.completion", "choices": [choice], "usage": usage}
+            self.send(handler, answer)

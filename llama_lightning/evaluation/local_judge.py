@@ -165,8 +165,10 @@ def memory_sentence(error: Exception) -> str | None:
 
 def main() -> None:
     """Load, then answer until the input ends."""
+    # Libraries print too, some of them from below Python: only `answers` leads to who asks.
+    answers, sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8"), sys.stderr
+    os.dup2(2, 1)
     folder, dtype, size = sys.argv[1:]
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
 
     def read(lines: TextIO) -> None:

@@ -13,13 +13,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llama_lightning.errors import JudgeError
+from llama_lightning.evaluation.context import looks_cut, says_too_long
 from llama_lightning.evaluation.http_json import ReadLimit, Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
 
 PREFLIGHT_S = 4.0
 KEEP_ALIVE = "15m"  # Ollama's 5m may end between two slow replies
 MIN_CONTEXT = 4096
-BYTES_PER_TOKEN = 2  # English has 4; few for other scripts and digits, so that nothing is cut
+# English has 4. Few make room enough for other scripts and digits too; many tell what cannot fit.
+FEW_BYTES, MANY_BYTES = 2, 5  # a token
 RECENT = 16
 ABOUT_SCHEMA = re.compile("format|grammar|schema", re.IGNORECASE)
 
@@ -33,10 +35,10 @@ def default_base_url() -> str:
     return f"{parts.scheme}://{name}" + (f":{port}" if port else "")
 
 
-def tokens_needed(request: Request) -> int:
-    """Estimate, from above, how many tokens the prompt and the longest reply take."""
+def tokens_needed(request: Request, bytes_per_token: int) -> int:
+    """Estimate how many tokens the prompt and the longest reply take."""
     size = sum(len(part.encode(errors="replace")) for part in request.prompt)
-    return size // BYTES_PER_TOKEN + request.max_new_tokens
+    return size // bytes_per_token + request.max_new_tokens
 
 
 class OllamaJudge:
@@ -98,32 +100,36 @@ class OllamaJudge:
         Ollama cuts a prompt in silence. It says how many tokens it read, but of a prompt whose
         beginning is in its cache an older one counts only the rest.
         """
-        needed = tokens_needed(request)
         # Powers of two, as Ollama loads the model again for each new value.
-        num_ctx = max(MIN_CONTEXT, 1 << (needed - 1).bit_length())
+        bits = (tokens_needed(request, FEW_BYTES) - 1).bit_length()
+        num_ctx = max(MIN_CONTEXT, 1 << bits)
         if self._longest:
-            if needed > self._longest:
-                raise TooLong(f"may need {needed} tokens, and the model takes {self._longest}")
+            least = tokens_needed(request, MANY_BYTES)
+            if least > self._longest:
+                raise TooLong(f"needs about {least} tokens, and the model takes {self._longest}")
             num_ctx = min(num_ctx, self._longest)
         user = request.prompt.user
         recent = tuple(self._recent)  # other threads append
         cached = max((len(os.path.commonprefix([one, user])) for one in recent), default=0)
         uncached = len(user[cached:].split())
         self._recent.append(user)
-        reply, read = self._chat(request, num_ctx)
-        if not _looks_cut(read, uncached, num_ctx):
+        reply, read, written = self._chat(request, num_ctx)
+        if not looks_cut(read, uncached, num_ctx, written):
             return reply
         # With another context the model is loaded anew and its cache is empty: now the count tells.
         more = min(2 * num_ctx, self._longest or 2 * num_ctx)
         more -= more == num_ctx
-        reply, read = self._chat(request, more)
+        reply, read, written = self._chat(request, more)
         words = sum(len(part.split()) for part in request.prompt)
-        if _looks_cut(read, words, more):
-            raise TooLong(f"the server read {read} tokens of a prompt of {words} words: it was cut")
+        if looks_cut(read, words, more, written):
+            raise TooLong(
+                f"the server read {read} tokens of a prompt of {words} words and wrote {written}, "
+                f"with room for {more}: it was cut"
+            )
         return reply
 
-    def _chat(self, request: Request, num_ctx: int) -> tuple[Reply, int | None]:
-        """Chat once; the number of prompt tokens that were read comes along, if it is told."""
+    def _chat(self, request: Request, num_ctx: int) -> tuple[Reply, int | None, int]:
+        """Chat once; how many tokens were read (if it is told) and written comes along."""
         schema = request.schema if self._structured else None
         options = {
             "num_ctx": num_ctx,
@@ -154,7 +160,7 @@ class OllamaJudge:
                 raise JudgeError(
                     f"judge.model: {error.message}; get it with `ollama pull {self._model}`"
                 ) from error
-            if "context" in error.message or "too long" in error.message:
+            if says_too_long(error.message):
                 raise TooLong(error.message) from error
             if schema is None:
                 raise RequestFailed(str(error), again=False) from error
@@ -166,23 +172,12 @@ class OllamaJudge:
             self._structured = self._structured and obeyed
             # Held to a form, some models write white space without end.
             if obeyed or not reply.truncated:
-                return reply, answer.get("prompt_eval_count")
+                return reply, answer.get("prompt_eval_count"), answer.get("eval_count") or 0
         self._structured = False
         return self._chat(request, num_ctx)
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _looks_cut(read: int | None, words: int, num_ctx: int) -> bool:
-    """Find signs that not all was read: fewer tokens than words, or a context that is full.
-
-    No token spans two words. Some engines take only half of the context for the prompt.
-    """
-    if read is None:
-        return False
-    half = num_ctx // 2
-    return read < words or read >= num_ctx - 1 or half <= read <= half + 2
 
 
 def _has_form(text: str, schema: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ Source: the OpenAI API reference, of which only what all of them take is used; a
 import os
 
 from llama_lightning.errors import JudgeError, UsageError
+from llama_lightning.evaluation.context import looks_cut, says_too_long
 from llama_lightning.evaluation.http_json import ReadLimit, Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
 
@@ -23,7 +24,6 @@ class OpenAIJudge:
         url = (config.base_url or "").rstrip("/")
         self._url = url if url.endswith("/v1") else f"{url}/v1"
         self._model = config.model_name
-        self._takes_penalty = True
         self._limit = ReadLimit(config.read_timeout_s)
         self._key_env = config.api_key_env
         self._headers = {}
@@ -92,7 +92,7 @@ class OpenAIJudge:
         }
         if request.top_p is not None:
             body["top_p"] = request.top_p
-        if request.repetition_penalty not in (None, 1.0) and self._takes_penalty:
+        if request.repetition_penalty not in (None, 1.0):
             body |= dict.fromkeys(PENALTY, request.repetition_penalty)
         try:
             with self._limit.waiting() as seconds:
@@ -102,19 +102,24 @@ class OpenAIJudge:
         except Refused as error:
             if error.status in (401, 403, 404):
                 raise self._refusal(error) from error
-            if "context" in error.message or "too long" in error.message:
+            if says_too_long(error.message):
                 raise TooLong(error.message) from error
             if PENALTY[0] in body and any(name in error.message for name in PENALTY):
-                if self._takes_penalty:  # no other thread has said it yet
-                    self._takes_penalty = False
-                    print(f"judge: {self._url} takes no repetition_penalty: graded without it")
-                return self.reply(request)
+                raise JudgeError(
+                    f"{self._url} takes no repetition penalty ({error}); set "
+                    "judge.repetition_penalty 1, which is none"
+                ) from error
             raise RequestFailed(str(error), again=False) from error
         try:
             (choice, *_) = answer["choices"]
             text = choice["message"]["content"] or ""
-        except (KeyError, TypeError, ValueError) as error:
+            # Some servers count nothing, and say 0.
+            read = (answer.get("usage") or {}).get("prompt_tokens") or None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RequestFailed("the answer has no message") from error
+        words = sum(len(part.split()) for part in request.prompt)
+        if looks_cut(read, words):
+            raise TooLong(f"the server read {read} tokens of a prompt of {words} words: it was cut")
         return Reply(text, truncated=choice.get("finish_reason") == "length")
 
     def close(self) -> None:

@@ -30,23 +30,37 @@ class Parsed(NamedTuple):
 
 _DECORATION = r"[\s:=*_`\"'(\[]*"
 _NUMBER = (
-    r"(?P<number>[-−]?\d+(?:[.,]\d+)?)(?![^\W_])(?:\s*(?:/|out\s+of)\s*(?P<scale>\d+(?:\.\d+)?))?"
+    r"(?P<number>[-−]?\d+(?:[.,]\d+)?)"
+    r"(?:\s*(?:/|out\s*of)\s*(?P<scale>\d+(?:\.\d+)?)|(?![^\W_]))"
 )
 _RESULT = re.compile(r"\[(?:RESULT|SCORE)\b[*_`]*\]?", re.IGNORECASE)
 _AFTER_RESULT = re.compile(_DECORATION + _NUMBER, re.IGNORECASE)
 # Words that mark a score too, but only as the last words: a feedback may speak of scores.
+_MARK = r"(?<![^\W_])(?:score(?:\s+of)?|result)"
 _WORDS = re.compile(
-    r"(?<![^\W_])(?:score[*_`\"]*[ \t]?(?P<colon>[:=])?(?:of\s)?|result[*_`\"]*[ \t]?(?P<colon2>:))"
-    + _DECORATION
-    + _NUMBER,
+    _MARK
+    + r"(?:[*_`]*[ \t]?(?P<colon>[:=]))?[\s*_(\[]*(?P<quote>[`\"']?)"
+    + _NUMBER
+    + "(?P=quote)",
     re.IGNORECASE,
+)
+# As prometheus-eval reads them at the end of any sentence, which a quotation is not: it is closed.
+_PLAIN = re.compile(
+    _MARK + r":?[\s(\[]*\d+(?:/\s*5|\s*out\s*of\s*5|[)\]])?\s*",
+    re.IGNORECASE,
+)
+# What may stand before them in their line where they are a sentence of their own.
+_ALONE = re.compile(
+    r"(?:.*[.!?\]])?[\s*_#(\[-]*(?:(?:my|the|final|overall|total)\s+)*[*_]*", re.IGNORECASE
 )
 # A second number, or the word that announces it: a range or a choice.
 _MORE = re.compile(
     r"[\s*_`)\]\"']*(?:(?:[-–—~/,;&|]|and\b)?[\s*_`(\[\"']*\d|(?:or|to)\b|\+)|-[^\W\d]",
     re.IGNORECASE,
 )
-END = re.compile(r"(?:</?s>|<\|[^|<>]*\|>|<end_of_turn>|[\s*_`.!)\]}\"'])*")
+_CLOSE = r"(?:</?s>|<\|[^|<>]*\|>|<end_of_turn>|[\s*_.!)\]}%s])*"
+END = re.compile(_CLOSE % "`\"'")
+_UNQUOTED_END = re.compile(_CLOSE % "")
 
 
 def _read(match: re.Match[str], rest: str) -> Parsed:
@@ -58,10 +72,11 @@ def _read(match: re.Match[str], rest: str) -> Parsed:
         return Parsed(UNPARSED, reason=f"{number} out of {scale}, not of 5")
     if _MORE.match(rest):
         return Parsed(UNPARSED, reason=f"more than one score: {number}{rest[:12].rstrip()}")
+    digits = number.lstrip("0")
     # The length first: Python refuses to convert thousands of digits.
-    if len(number) > 1 or not 1 <= int(number) <= 5:
+    if len(digits) != 1 or not 1 <= int(digits) <= 5:
         return Parsed(OUT_OF_RANGE, reason=f"{number[:12]} is not from 1 to 5")
-    return Parsed(GRADED, int(number))
+    return Parsed(GRADED, int(digits))
 
 
 def bare_json(text: str) -> dict[str, Any] | None:
@@ -88,14 +103,16 @@ def _from_json(text: str) -> Parsed | None:
 
 
 def _from_words(text: str) -> Parsed | None:
-    """Read `Score: 4` at the end of a text."""
+    """Read `Score: 4` at the end of a text, but not out of a quotation."""
     found = list(_WORDS.finditer(text))
     if not found:
         return None
     last = found[-1]
-    stated = {m["number"] for m in found if m["colon"] or m["colon2"]} | {last["number"]}
+    stated = {m["number"] for m in found if m["colon"]} | {last["number"]}
     rest = text[last.end() :]
-    if not END.fullmatch(rest) and not _MORE.match(rest):
+    line = text[: last.start()].rpartition("\n")[2]
+    alone = _ALONE.fullmatch(line) and _UNQUOTED_END.fullmatch(rest)
+    if not (alone or _PLAIN.fullmatch(text, last.start()) or _MORE.match(rest)):
         return None
     if len(stated) > 1:
         return Parsed(UNPARSED, reason=f"several scores: {', '.join(sorted(stated))}")
@@ -105,8 +122,9 @@ def _from_words(text: str) -> Parsed | None:
 def parse_score(text: str) -> Parsed:
     """Read the score out of a judge's reply.
 
-    The last [RESULT] decides; without one, a JSON object with a score, or `Score: n` as the last
-    words. [RESULT] and last words that contradict each other decide nothing.
+    The last [RESULT] decides; without one, or without a number behind it, a JSON object with a
+    score, or `Score: n` as the last words. [RESULT] and last words that contradict each other
+    decide nothing.
     """
     if (parsed := _from_json(text)) is not None:
         return parsed
@@ -116,7 +134,7 @@ def parse_score(text: str) -> Parsed:
         return said or Parsed(UNPARSED, reason="no [RESULT] and no score at the end")
     match = _AFTER_RESULT.match(text, marks[-1].end())
     if match is None:
-        return Parsed(UNPARSED, reason="no number behind the last [RESULT]")
+        return said or Parsed(UNPARSED, reason="no number behind the last [RESULT]")
     parsed = _read(match, text[match.end() :])
     if said is not None and parsed.status == GRADED and said.score != parsed.score:
         return Parsed(UNPARSED, reason="[RESULT] and the last words give two scores")

@@ -76,6 +76,16 @@ def _message(number: int, request: Request) -> dict[str, Any]:
     }
 
 
+def _parsed(line: str) -> dict[str, Any]:
+    """Read a message; {} is none: what a library printed at its import, or half a last line."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    known = ("number", "said", REFUSED, FAILED)
+    return message if isinstance(message, dict) and any(name in message for name in known) else {}
+
+
 def _how_it_ended(code: int) -> str:
     if code >= 0:
         return f"its process ended with exit code {code}"
@@ -166,6 +176,7 @@ class LocalPrometheus:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
+            errors="replace",
             start_new_session=True,  # a Ctrl-C is ours to hear; it ends with its input
         )
         threading.Thread(target=self._listen, args=(process,), daemon=True).start()
@@ -174,20 +185,22 @@ class LocalPrometheus:
     def _listen(self, process: "subprocess.Popen[str]") -> None:
         end: dict[str, str] = {}
         assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                message = json.loads(line)
-                if "number" in message:
-                    with self._lock:
-                        answer = self._waiting.pop(message["number"])
-                    answer.put(message)
-                elif "said" in message:
-                    print(f"judge: {self.name} {message['said']}", flush=True)
-                else:
-                    end = message
-        code = process.wait()
-        with self._lock:
-            self._end = end or {FAILED: _how_it_ended(code)}
-            for answer in self._waiting.values():
-                answer.put(self._end)
-            self._waiting.clear()
+        try:
+            with process.stdout:
+                for line in process.stdout:
+                    message = _parsed(line)
+                    if "number" in message:
+                        with self._lock:
+                            answer = self._waiting.pop(message["number"])
+                        answer.put(message)
+                    elif "said" in message:
+                        print(f"judge: {self.name} {message['said']}", flush=True)
+                    elif message:
+                        end = message
+        finally:  # nobody may wait for a process that is not heard any more
+            code = process.wait()
+            with self._lock:
+                self._end = end or {FAILED: _how_it_ended(code)}
+                for answer in self._waiting.values():
+                    answer.put(self._end)
+                self._waiting.clear()

@@ -6,6 +6,7 @@ Real requests to servers on 127.0.0.1, and the real grade_file. A test's number 
 import asyncio
 import functools
 import html
+import itertools
 import json
 import re
 import shutil
@@ -35,6 +36,7 @@ from tests.evaluation.test_judge import (
     rows,
     write,
 )
+from tests.evaluation.test_parse import QUOTING
 from tests.fake_ollama import FakeOllama, FakeOpenAI, FakeServer, Fault, Words, four
 from tests.judge_model import change_config
 
@@ -157,7 +159,7 @@ def test_05_no_answer_in_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @case
 def test_06_prompt_longer_than_the_context(path: Path) -> None:
-    write(path, [record(i, response=f"word {i} " * n) for i, n in enumerate((9, 1500, 15000))])
+    write(path, [record(i, response=f"word {i} " * n) for i, n in enumerate((9, 1500, 25000))])
     with FakeOllama() as server:
         server.context_length = 32768
         grade(path, server)
@@ -170,8 +172,7 @@ def test_06_prompt_longer_than_the_context(path: Path) -> None:
     cut = rows(path.parent / "cut" / "verdicts.jsonl")
     print(cut[1]["reason"])
     assert [v["status"] for v in cut] == ["graded", "too_long", "too_long"]
-    assert re.fullmatch(r"the server read 2048 tokens of a prompt of 3\d{3} words: it was cut",
-                        cut[1]["reason"])  # fmt: skip
+    assert re.match(r"the server read 2048 tokens of a prompt of 3\d{3} words ", cut[1]["reason"])
     # One that only counts what was not in its cache is not taken for such a one.
     long = "a long task " * 300
     write(path, [record(i, instruction=long) for i in range(6)])
@@ -242,6 +243,11 @@ def test_12_response_orders_the_judge(path: Path) -> None:
         for tag in ("<graded_response>", "</graded_response>", "<reference_answer>"):
             assert user.count(tag) == 1
         assert "[RESULT] 5" not in user
+    # A judge that quotes them has graded nothing.
+    quoting = itertools.cycle(QUOTING)
+    with FakeOllama(lambda body: Words(next(quoting))) as server:
+        summary = grade(path, server, output=str(path.parent / "quoted"))
+    assert (summary.graded, summary.excluded) == (0, {"unparsed": 6})
 
 
 @case

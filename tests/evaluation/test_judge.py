@@ -24,7 +24,16 @@ from llama_lightning.cli import main
 from llama_lightning.evaluation import asking, http_json
 from llama_lightning.evaluation.grading import grade_file
 from llama_lightning.evaluation.judge import JudgeConfig
-from tests.fake_ollama import Brain, FakeOllama, FakeOpenAI, FakeServer, Fault, Words, four
+from tests.fake_ollama import (
+    Brain,
+    FakeOllama,
+    FakeOpenAI,
+    FakeServer,
+    Fault,
+    Words,
+    four,
+    tokens_of,
+)
 
 ROOT = Path(__file__).parents[2]
 USAGE, BACKEND = 2, 3
@@ -188,6 +197,41 @@ def test_openai(judge: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "secret" not in done.output + wrong.output + without.output
 
 
+def test_openai_that_cuts_prompts(judge: Runner, responses: Path, tmp_path: Path) -> None:
+    write(responses, [record(0), record(1, response="word " * 1500)])
+    with FakeOpenAI() as server:
+        server.window = 1024
+        done = judge(server, "openai", model="judge", max_excluded_fraction=0.5)
+        server.counts = False
+        told_nothing = judge(server, "openai", model="judge", output=str(tmp_path / "other"))
+    print(done.verdicts[1]["reason"])
+    assert [v["status"] for v in done.verdicts] == ["graded", "too_long"]
+    assert "the server read 1024 tokens of a prompt of" in done.verdicts[1]["reason"]
+    assert told_nothing.code == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ("This model's maximum context length is 4096 tokens.", "too_long"),
+        ("context_length_exceeded", "too_long"),
+        ("the request exceeds the available context size", "too_long"),
+        ("Requested tokens (9000) exceed context window of 2048", "too_long"),
+        ("the prompt is too long", "too_long"),
+        ("cannot create a CUDA context", "backend_error"),
+        ("no context shift with this cache", "backend_error"),
+    ],
+)
+def test_a_refusal_for_want_of_context(
+    judge: Runner, tmp_path: Path, message: str, status: str
+) -> None:
+    for kind, backend in ((FakeOpenAI, "openai"), (FakeOllama, "ollama")):
+        with kind(lambda body: Fault(400, message)) as server:
+            judge(server, backend, model=server.models[0], limit=1, output=str(tmp_path / backend))
+        (verdict,) = rows(tmp_path / backend / "verdicts.jsonl")
+        assert verdict["status"] == status
+
+
 def test_the_same_prompts_for_both_servers(judge: Runner, tmp_path: Path) -> None:
     with FakeOllama() as one, FakeOpenAI() as other:
         judge(one, output=tmp_path / "one")
@@ -208,12 +252,31 @@ def test_the_config_file_and_the_command_line(judge: Runner, tmp_path: Path) -> 
 
 
 def test_long_prompts_get_a_larger_context(judge: Runner, responses: Path) -> None:
-    write(responses, [record(0, response="word " * 3000), record(1, response="word " * 30000)])
+    texts = ("word " * 3000, "word " * 30000, "on " * 34000, "word " * 40000)
+    write(responses, [record(i, response=text) for i, text in enumerate(texts)])
     with FakeOllama() as server:
-        server.context_length = 32768
-        done = judge(server)
-    assert [body["options"]["num_ctx"] for body in server.chats] == [16384]
-    assert [v["status"] for v in done.verdicts] == ["graded", "too_long"]
+        server.context_length = 33300
+        done = judge(server, max_new_tokens=100)
+    for verdict in done.verdicts:
+        print(verdict["status"], verdict["reason"])
+    # The third may fit, by its bytes, and the server's count tells that it does not.
+    asked = [body["options"]["num_ctx"] for body in server.chats]
+    assert asked == [16384, 33300, 33300, 33299]
+    assert [v["status"] for v in done.verdicts] == ["graded", "graded", "too_long", "too_long"]
+    assert "with room for 33299: it was cut" in done.verdicts[2]["reason"]
+    assert "needs about 40" in done.verdicts[3]["reason"]
+
+
+def test_a_reply_that_pushes_the_prompt_out(judge: Runner, responses: Path) -> None:
+    write(responses, [record(0, response="word " * 3470)])
+    with FakeOllama() as server:
+        server.context_length = 4000
+        judge(server, max_new_tokens=60, output=str(responses.parent / "room"))
+    read = sum(tokens_of(message["content"]) for message in server.chats[0]["messages"])
+    with FakeOllama() as server:
+        server.context_length = read + 20  # of the 40 that are written
+        done = judge(server, max_new_tokens=40)
+    assert done.verdicts[0]["status"] == "too_long"
 
 
 def test_a_list_of_records(judge: Runner, responses: Path) -> None:

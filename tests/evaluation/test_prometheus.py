@@ -5,8 +5,10 @@ The judge is small and trained here; it runs in a process of its own, as a real 
 
 import json
 import os
+import queue
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -44,7 +46,7 @@ from llama_lightning.evaluation.prompts import JudgePrompt
 from llama_lightning.evaluation.rubric import CRITERION, LEVELS
 from llama_lightning.records import Response
 from llama_lightning.weights.huggingface import read_config
-from tests.evaluation.test_parse import GRADED, OUT_OF_RANGE, UNPARSED
+from tests.evaluation.test_parse import GRADED, OUT_OF_RANGE, QUOTING, UNPARSED
 from tests.evaluation.test_prompts import INJECTIONS
 from tests.fake_ollama import FakeOpenAI, Fault, Words
 from tests.judge_model import GRADES, SPECIAL, change_config, feedback, responses, write_judge
@@ -182,20 +184,25 @@ def test_an_injection_stays_a_quotation(text: str) -> None:
 # Its scores
 
 # Two scores that contradict each other, or a number that may not be the score: they take the last
-# one, we take none.
+# one, we take none. Nor is a score what only ends so.
 REFUSED_BY_US = {
     "[RESULT] 4\nScore: 2",
     "Accuracy score: 4\nClarity score: 3",
+    "[RESULT] Score: 4\nResult: 3",
+    "Good [subscore: 4",
 }
 FACTS = {
     "accepted": [
         *("[RESULT] 4", "[RESULT]4", "[RESULT] (4)", "[RESULT] [4]", "[RESULT] 4/5"),
         *("[RESULT] 4 out of 5", "Score: 4", "Score 4", "score of 4", "Result: 4"),
         *("[RESULT]: 4", "[RESULT] 4\n", "[RESULT] 5 [RESULT] 3", "[RESULT] ٤"),
+        *("[RESULT] Score: 4", "[RESULT] Result: 4", "[Result] score of 4", "Result 4"),
+        *("[RESULT] score  of 4", "[RESULT] 4outof5", "[RESULT] 04"),
     ],
     "rejected": [
         *("[RESULT] 4.", "[RESULT] 4 / 5", "**Score: 4**", "[RESULT] **4**", "[RESULT] 4.5"),
         *("[RESULT] 4 </s>", "[RESULT] 4 as it is right", "4", "4/5", "the score is 4"),
+        *QUOTING,
         *('{"score": 4}', "[RESULT] 0", "[RESULT] 6", "[RESULT] 45", "[RESULT] -4"),
     ],
 }
@@ -237,6 +244,19 @@ def requests(**changes: Any) -> list[Request]:
         request(build_prometheus_prompt(row, with_reference=True), row)._replace(**changes)
         for row in responses()
     ]
+
+
+def test_a_process_that_ends_in_the_middle_of_a_line(folder: Path) -> None:
+    judge = LocalPrometheus(JudgeConfig(backend="prometheus", model=str(folder)))
+    said = json.dumps({"number": 0, "text": "a", "truncated": False})
+    lines = "\n".join(["no JSON", "[1]", said, '{"number": 1, "te'])
+    code = f"print({lines!r}, end=''); exit(7)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    first, second = queue.SimpleQueue(), queue.SimpleQueue()
+    judge._waiting = {0: first, 1: second}
+    judge._listen(process)
+    assert first.get(timeout=1) == json.loads(said)
+    assert second.get(timeout=1) == {"failed": "its process ended with exit code 7"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
@@ -287,7 +307,27 @@ def test_a_killed_judge_and_the_same_command_again(
     assert (summary["temperature"], summary["top_p"]) == (1.0, 0.9)
 
 
-def test_the_model_through_prometheus_eval(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+# Written to the descriptor itself, as a library in C would, from the start to the end.
+NOISE = """
+import os, threading, time
+os.write(1, b"Welcome!\\n3\\n{}\\n\\xff\\n")
+def write():
+    time.sleep(0.5)
+    while True:
+        os.write(1, b"noise ")
+        time.sleep(0.01)
+threading.Thread(target=write, daemon=True).start()
+"""
+
+
+def test_the_model_through_prometheus_eval(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NOISE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     judge = make_judge(
         JudgeConfig(backend="prometheus", model=str(folder), dtype="float32", concurrency=3)
     )
@@ -505,8 +545,14 @@ def test_behind_a_server(
     with FakeOpenAI(brain) as server:
         keys = {"backend": "prometheus", "base_url": server.url, "model": "judge", "limit": 3}
         code, said = run(file, capfd, **keys)
+        # Grades with and without it do not mix: whoever judges chooses.
+        if not takes_penalty:
+            assert code == BACKEND
+            assert "takes no repetition penalty" in said
+            assert "set judge.repetition_penalty 1" in said
+            assert not verdicts(file)
+            code, said = run(file, capfd, **keys, repetition_penalty=1)
     assert code == 0
-    assert ("takes no repetition_penalty" in said) is not takes_penalty
     assert len(server.chats) == 3 + (not takes_penalty)
     (message,) = server.chats[0]["messages"]
     expected = build_prometheus_prompt(responses()[0], with_reference=True)

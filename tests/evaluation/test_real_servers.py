@@ -57,12 +57,12 @@ def served(command: list[str], log: Path, **environment: str) -> Iterator[str]:
         process.wait()
 
 
-def grade(backend: str, url: str, model: str, target: Path) -> None:
+def grade(backend: str, url: str, model: str, target: Path, **more: float) -> None:
     """Have every response graded and hold the verdicts to what the judge was trained to say."""
     target.mkdir()
     path = target / "responses.jsonl"
     path.write_text("".join(json.dumps(row._asdict()) + "\n" for row in responses()))
-    keys = {"backend": backend, "base_url": url, "model": model, "max_new_tokens": 24}
+    keys = {"backend": backend, "base_url": url, "model": model, "max_new_tokens": 24, **more}
     arguments = [f"--judge.{key}={value}" for key, value in keys.items()]
     assert main(["judge", f"--responses.path={path}", *arguments]) == 0
     verdicts = [json.loads(line) for line in (target / "verdicts.jsonl").open("rb")]
@@ -82,7 +82,8 @@ def test_transformers_serve(folder: Path, tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     with served(command, tmp_path / "log", **offline) as url:
         for backend in ("openai", "prometheus"):
-            grade(backend, url, str(folder), tmp_path / backend)
+            # It takes no penalty, which prometheus would ask for.
+            grade(backend, url, str(folder), tmp_path / backend, repetition_penalty=1)
 
 
 @pytest.mark.llama_cpp
