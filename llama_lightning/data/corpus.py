@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_lightning.data.examples import Encoded, Turns, encode_row
-from llama_lightning.data.files import check_file
+from llama_lightning.data.files import check_file, reading
 from llama_lightning.data.rows import Row, read_rows
 from llama_lightning.data.splits import weigh
 from llama_lightning.data.templates import Template
@@ -87,7 +87,10 @@ class Corpus:
         for path in paths:
             check_file(path)
         self.paths, self.encoding = paths, encoding
-        self.hashes = [hash_file(path) for path in paths]
+        self.hashes: list[bytes] = []
+        for path in paths:
+            with reading(path):
+                self.hashes.append(hash_file(path))
         self.files = [encoding.tokenise(*pair) for pair in zip(paths, self.hashes, strict=True)]
         self.sizes = [len(file.rows) for file in self.files]
         self.prompts = [prompt for file in self.files for prompt in file.rows["prompt"].tolist()]

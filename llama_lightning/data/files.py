@@ -9,6 +9,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +29,19 @@ def _not_json(path: Path, error: json.JSONDecodeError, lines_before: int = 0) ->
     return DataError(
         f"{path}, line {lines_before + error.lineno}, column {error.colno}: not JSON ({error.msg})"
     )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of a data file that it cannot be read.
+
+    Raises:
+        DataError: the system refuses to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend that") from error
 
 
 class _JsonText:
@@ -190,4 +204,5 @@ def read_records(path: Path) -> Iterator[Any]:
         DataError: no such file, an unknown format, or a broken file (with the place).
     """
     check_file(path)
-    yield from FORMATS[path.suffix](path)
+    with reading(path):
+        yield from FORMATS[path.suffix](path)
