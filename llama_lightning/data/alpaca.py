@@ -23,7 +23,13 @@ from llama_lightning.data.batching import (
 )
 from llama_lightning.data.corpus import Corpus, Encoding, Part, default_cache
 from llama_lightning.data.examples import Dropped, Turns, encode_prompt
-from llama_lightning.data.identity import TRAINING_PART, check_identity, digest
+from llama_lightning.data.identity import (
+    TRAINING_PART,
+    check_held_out,
+    check_identity,
+    digest,
+    name_mix,
+)
 from llama_lightning.data.rows import FIELDS, Row
 from llama_lightning.data.splits import split
 from llama_lightning.data.templates import TEMPLATES, TemplateName
@@ -268,11 +274,8 @@ class AlpacaDataModule(LightningDataModule):
     def _parts(self) -> tuple[Part, Part, Part]:
         """Split, and weigh; a prompt of another part's file never stays in training."""
         corpus = Corpus(self.train_files, self.encoding)
-        digests = [file_hash.hex()[:16] for file_hash in corpus.hashes]
-        self._file_digest = digests[0]
-        if isinstance(self.path, dict):
-            pairs = zip(self.weights.values(), digests, strict=True)
-            self._file_digest = " + ".join(f"{weight} x {file}" for weight, file in pairs)
+        weights = list(self.weights.values())
+        self._file_digest = name_mix(weights, corpus.hashes)
         train, *others = split(
             corpus.prompts,
             val_fraction=self.val_fraction,
@@ -290,7 +293,6 @@ class AlpacaDataModule(LightningDataModule):
                 f"data: {len(train) - len(kept)} training records left out, "
                 "their prompts are in the validation or test data"
             )
-        weights = list(self.weights.values())
         return Part(corpus, corpus.weighed(kept, weights, seed=self.seed)), val, test
 
     def _not_empty(self, part: Part, name: str) -> Part:
@@ -430,7 +432,6 @@ class AlpacaDataModule(LightningDataModule):
                 "the checkpoint was trained with"
             )
         verb = self.trainer.state.fn if self.trainer else None
-        fitting = verb == "fit"
         paths = {
             "predict": self.predict_path or self.test_path,
             "test": self.test_path,
@@ -438,18 +439,10 @@ class AlpacaDataModule(LightningDataModule):
         }
         if paths.get(verb or ""):
             return  # no part of the training file is read, which need not even be there
-        # Checkpoints made before there were these keys.
-        stored = {"data.train_on_turns": "all", "data.columns": None} | state_dict["identity"]
-        ours = self._identity()
-        if not fitting:
-            if stored["data.path"] != ours["data.path"]:
-                return
-            # The same file split otherwise: the test part would hold records that were trained on.
-            split = ("data.seed", "data.val_fraction", "data.test_fraction")
-            stored, ours = ({k: d[k] for k in split} for d in (stored, ours))
-        check_identity(ours, stored)
-        if not fitting:
+        if verb != "fit":
+            check_held_out(self._identity(), state_dict["identity"])
             return
+        check_identity(self._identity(), state_dict["identity"])
         done = int(state_dict["micro_batches"])
         if done % self.accumulate:
             raise CheckpointError(

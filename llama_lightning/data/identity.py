@@ -6,7 +6,7 @@ decides their order, are what they were.
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,24 @@ from llama_lightning.errors import CheckpointError
 TRAINING_PART = "the training part (data.path without data.val_path and data.test_path)"
 
 
+# What decides which records of the same files are in which part.
+SPLIT = ("data.seed", "data.val_fraction", "data.test_fraction", "data.columns")
+
+
+def name_mix(weights: Sequence[float], hashes: Sequence[bytes]) -> str:
+    """Name the training data by weights and contents; one file of weight 1 by its content alone."""
+    digests = [file_hash.hex()[:16] for file_hash in hashes]
+    if list(weights) == [1.0]:
+        return digests[0]
+    pairs = zip(weights, digests, strict=True)
+    return " + ".join(f"{float(weight)} x {digest}" for weight, digest in pairs)
+
+
+def _files(mix: str) -> list[str]:
+    """Find the contents in a name of `name_mix`."""
+    return [file.rpartition(" x ")[2] for file in mix.split(" + ")]
+
+
 def digest(examples: Iterable[tuple[int, npt.NDArray[np.int64]]]) -> str:
     """Tell one list of tokenised records, given as (row number, tokens), from another."""
     digest = hashlib.sha256()
@@ -27,12 +45,20 @@ def digest(examples: Iterable[tuple[int, npt.NDArray[np.int64]]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _today(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the identity of an older checkpoint as it is written now."""
+    mix = identity["data.path"]
+    one = mix if " + " in mix else mix.removeprefix("1.0 x ")
+    return {"data.train_on_turns": "all", "data.columns": None} | {**identity, "data.path": one}
+
+
 def check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Compare what decides the order of records, ours and a checkpoint's, by our keys.
 
     Raises:
         CheckpointError: something differs; both values are shown.
     """
+    theirs = _today(theirs)
     differing = [key for key in ours if ours[key] != theirs.get(key)]
     if len(differing) > 1:  # then another key says why the training part differs
         differing = [key for key in differing if key != TRAINING_PART]
@@ -42,3 +68,15 @@ def check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
             f"the run differs from the checkpoint's: {shown}. Set them as they were, or start "
             "a new run without --ckpt_path"
         )
+
+
+def check_held_out(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Refuse parts that hold records the checkpoint was trained on; weights and batches may differ.
+
+    Raises:
+        CheckpointError: the same files split otherwise, or only some of the same files.
+    """
+    files, trained = (_files(identity["data.path"]) for identity in (ours, theirs))
+    if set(files) & set(trained):
+        keys = SPLIT if files == trained else ("data.path",)
+        check_identity({key: ours[key] for key in keys}, theirs)

@@ -523,16 +523,19 @@ def test_a_run_of_other_devices_is_refused(module, tmp_path):
         data.load_state_dict(state)
 
 
+def predicting(data: AlpacaDataModule, tmp_path: Path) -> AlpacaDataModule:
+    data.trainer = make_trainer(tmp_path)
+    data.trainer.state.fn = "predict"
+    if data.predict_path is None:
+        data.setup("predict")
+    return data
+
+
 def test_evaluation_refuses_only_what_would_leak(module, tmp_path):
     state = fitting(module(numbered(40), batch_size=4), tmp_path).state_dict()
 
     def evaluating(records, **kwargs) -> AlpacaDataModule:
-        data = module(records, **kwargs)
-        data.trainer = make_trainer(tmp_path)
-        data.trainer.state.fn = "predict"
-        if data.predict_path is None:
-            data.setup("predict")
-        return data
+        return predicting(module(records, **kwargs), tmp_path)
 
     # Another batch size, or another file, says nothing about which records were trained on.
     evaluating(numbered(40), batch_size=16).load_state_dict(state)
@@ -547,3 +550,43 @@ def test_evaluation_refuses_only_what_would_leak(module, tmp_path):
     # A template that differs changes every prompt, in evaluation too.
     with pytest.raises(CheckpointError, match="data.template is 'alpaca'"):
         evaluating(numbered(40), template="alpaca").load_state_dict(state)
+
+
+def test_evaluation_of_a_mix_refuses_what_would_leak(module, tmp_path):
+    names = [
+        str(write_records(tmp_path / f"{i}.json", numbered(40, start=100 * i))) for i in range(3)
+    ]
+    mix = dict(zip(names[:2], (1.0, 2.0), strict=True))
+    state = fitting(module([], path=mix), tmp_path).state_dict()
+
+    def evaluating(path, **kwargs) -> None:
+        predicting(module([], path=path, **kwargs), tmp_path).load_state_dict(state)
+
+    evaluating(mix)
+    evaluating(dict.fromkeys(names[:2], 3.0))  # weights repeat training records, and split nothing
+    evaluating(names[2], seed=3)
+    with pytest.raises(CheckpointError, match="data.seed is 3, was 0"):
+        evaluating(dict.fromkeys(names[:2], 3.0), seed=3)
+    with pytest.raises(CheckpointError, match="data.columns is {'input': 'output'}, was None"):
+        evaluating(mix, columns={"input": "output"})
+    # One of the files, another beside one of them, or another order: every split is another.
+    for path in (names[0], {names[0]: 1.0, names[2]: 2.0}, dict(reversed(mix.items()))):
+        with pytest.raises(CheckpointError, match=r"data.path is .*, was 1.0 x \w{16} \+ 2.0 x"):
+            evaluating(path)
+
+
+def test_a_file_of_weight_1_is_the_file(module, tmp_path):
+    name = str(write_records(tmp_path / "a.json", numbered(40)))
+    alone, mapped = (fitting(module([], path=path), tmp_path) for path in (name, {name: 1}))
+    states = [alone.state_dict(), mapped.state_dict()]
+    assert states[0] == states[1]
+    old = json.loads(json.dumps(states[1]))  # as such a mapping was once written
+    old["identity"]["data.path"] = f"1.0 x {old['identity']['data.path']}"
+    for data in (alone, mapped):
+        data.load_state_dict(old)
+    predicting(module([], path=name), tmp_path).load_state_dict(old)
+    with pytest.raises(CheckpointError, match="data.seed is 3, was 0"):
+        predicting(module([], path=name, seed=3), tmp_path).load_state_dict(old)
+    twice = fitting(module([], path={name: 2.0}), tmp_path)
+    with pytest.raises(CheckpointError, match=r"data.path is 2.0 x \w{16}, was \w{16}"):
+        twice.load_state_dict(old)
