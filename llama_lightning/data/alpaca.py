@@ -191,7 +191,16 @@ class AlpacaDataModule(LightningDataModule):
     @cached_property
     def train_files(self) -> list[Path]:
         """The files of `path` on this machine; fetched from the hub at first use."""
-        return [local_file(path) for path in self.weights]
+        given: dict[Path, str] = {}
+        files = [local_file(path) for path in self.weights]
+        for name, file in zip(self.weights, files, strict=True):
+            same = given.setdefault(file.resolve(), name)
+            if same != name:
+                raise DataError(
+                    f"data.path: {same} and {name} are both {file}; give one of them (a file in "
+                    "data/ stands for every hf:// address of its name)"
+                )
+        return files
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -270,6 +270,23 @@ def test_a_broken_file_of_a_mix_is_named(module, tmp_path):
         data.setup("fit")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("data/a.json", "./data/../data/a.json"),
+        ("hf://datasets/one/set/a.json", "hf://datasets/another/set/a.json"),
+        ("hf://datasets/one/set/a.json", "data/a.json"),
+    ],
+)
+def test_a_file_twice_in_a_mix(module, tmp_path, monkeypatch, first, second):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    write_records(Path("data", "a.json"), numbered(20))
+    with pytest.raises(DataError) as caught:
+        module([], path={first: 1.0, second: 1.0}).setup("fit")
+    assert f"data.path: {first} and {second} are both " in str(caught.value)
+
+
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none(module, weight):
     with pytest.raises(UsageError, match="data.path: the weight of a.json is"):
