@@ -145,6 +145,7 @@ class AlpacaDataModule(LightningDataModule):
         self.val_fraction = 0.0 if val_path else val_fraction
         self.test_fraction = 0.0 if test_path else test_fraction
         tokenizer = str(TINY) if tokenizer == "tiny" else tokenizer
+        self.given_tokenizer = tokenizer
         self.tokenizer_path = Path(tokenizer or base_folder or TINY)
         self.template_name: TemplateName = template
         self.template = TEMPLATES[template]
@@ -228,12 +229,13 @@ class AlpacaDataModule(LightningDataModule):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides which text a model is trained on, for a model card."""
-        names = ("path", "val_fraction", "test_fraction", "batch_size", "max_seq_len", "seed")
+        names = ["path", "val_fraction", "test_fraction", "batch_size", "max_seq_len", "seed"]
+        names += ["train_on_prompt", "train_on_turns"]
+        names += [name for name in ("val_path", "test_path", "columns") if getattr(self, name)]
         settings = {name: getattr(self, name) for name in names}
-        return settings | {
-            "template": self.template_name,
-            "train_on_prompt": self.train_on_prompt,
-        }
+        if self.given_tokenizer:
+            settings["tokenizer"] = self.given_tokenizer
+        return settings | {"template": self.template_name}
 
     def text_side(self) -> TextSide:
         """What an export needs to read and write text as this data does."""

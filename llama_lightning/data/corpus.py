@@ -15,6 +15,7 @@ from llama_lightning.data.splits import weigh
 from llama_lightning.data.templates import Template
 from llama_lightning.data.token_file import Examples, TokenFile, hash_file, token_file
 from llama_lightning.data.tokenizer import Tokenizer
+from llama_lightning.errors import DataError
 
 
 def default_cache() -> Path:
@@ -96,12 +97,23 @@ class Corpus:
         self.prompts = [prompt for file in self.files for prompt in file.rows["prompt"].tolist()]
 
     def weighed(self, row_ids: Sequence[int], weights: Sequence[float], *, seed: int) -> list[int]:
-        """Repeat each file's rows by its weight."""
+        """Repeat each file's rows by its weight.
+
+        Raises:
+            DataError: a weight that leaves none of a file's rows.
+        """
         chosen: list[int] = []
         end = 0
-        for size, weight in zip(self.sizes, weights, strict=True):
+        for path, size, weight in zip(self.paths, self.sizes, weights, strict=True):
             start, end = end, end + size
-            chosen += weigh([i for i in row_ids if start <= i < end], weight, seed=seed)
+            own = [i for i in row_ids if start <= i < end]
+            weighed = weigh(own, weight, seed=seed)
+            if own and not weighed:
+                raise DataError(
+                    f"{path}: the weight {weight} leaves none of its {len(own)} training records; "
+                    "raise it in data.path, or leave the file out"
+                )
+            chosen += weighed
         return chosen
 
     def rows(self) -> Iterator[Row]:

@@ -287,6 +287,26 @@ def test_a_file_twice_in_a_mix(module, tmp_path, monkeypatch, first, second):
     assert f"data.path: {first} and {second} are both " in str(caught.value)
 
 
+def test_a_weight_that_leaves_nothing_of_a_file(module, tmp_path):
+    names = [str(write_records(tmp_path / f"{i}.json", numbered(20, start=50 * i))) for i in (0, 1)]
+    few, some = ({names[0]: 1.0, names[1]: weight} for weight in (0.02, 0.05))
+    with pytest.raises(DataError, match=r"1.json: the weight 0.02 leaves none of its \d+ training"):
+        module([], path=few).setup("fit")
+    data = module([], path=some)
+    data.setup("fit")
+    assert sum(i >= 20 for i in ids(data.train_examples)) == 1
+
+
+def test_the_settings_of_a_model_card_name_what_is_set(module, base, tmp_path):
+    plain = module(numbered(20)).settings
+    assert plain["train_on_turns"] == "all"
+    assert not {"val_path", "test_path", "columns", "tokenizer"} & plain.keys()
+    given = {"val_path": "v.json", "test_path": "t.json", "columns": {"output": "answer"}}
+    given |= {"tokenizer": str(base), "train_on_turns": "last"}
+    settings = module(numbered(20), **given).settings
+    assert {name: settings[name] for name in given} == given
+
+
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none(module, weight):
     with pytest.raises(UsageError, match="data.path: the weight of a.json is"):
