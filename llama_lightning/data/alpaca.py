@@ -26,8 +26,9 @@ from llama_lightning.data.examples import Dropped, Turns, encode_prompt
 from llama_lightning.data.identity import (
     TRAINING_PART,
     check_held_out,
-    check_identity,
+    check_text,
     digest,
+    find_position,
     name_mix,
 )
 from llama_lightning.data.rows import FIELDS, Row
@@ -36,7 +37,7 @@ from llama_lightning.data.templates import TEMPLATES, TemplateName
 from llama_lightning.data.token_file import Examples
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.data.tokenizer_files import huggingface_files
-from llama_lightning.errors import CheckpointError, DataError, UsageError
+from llama_lightning.errors import DataError, UsageError
 from llama_lightning.hub import fetch_data, parse_address
 from llama_lightning.records import Batch, PromptBatch, TextSide
 
@@ -432,16 +433,13 @@ class AlpacaDataModule(LightningDataModule):
         Raises:
             CheckpointError: template, tokenizer, data or batching differ from the checkpoint's.
         """
-        if state_dict["template_text"] != self.template.text:
-            raise CheckpointError(
-                f"data.template is '{self.template_name}', but the checkpoint was trained with "
-                f"'{state_dict['template']}'; set data.template to that"
-            )
-        if state_dict["tokenizer"] != self.tokenizer.fingerprint:
-            raise CheckpointError(
-                f"data.tokenizer: {self.tokenizer_path} makes other tokens than the tokenizer that "
-                "the checkpoint was trained with"
-            )
+        check_text(
+            state_dict,
+            template=self.template,
+            template_name=self.template_name,
+            tokenizer=self.tokenizer,
+            tokenizer_path=self.tokenizer_path,
+        )
         verb = self.trainer.state.fn if self.trainer else None
         paths = {
             "predict": self.predict_path or self.test_path,
@@ -450,15 +448,7 @@ class AlpacaDataModule(LightningDataModule):
         }
         if paths.get(verb or ""):
             return  # no part of the training file is read, which need not even be there
-        if verb != "fit":
+        if verb == "fit":
+            self._resume_at = find_position(state_dict, self._identity())
+        else:
             check_held_out(self._identity(), state_dict["identity"])
-            return
-        check_identity(self._identity(), state_dict["identity"])
-        done = int(state_dict["micro_batches"])
-        if done % self.accumulate:
-            raise CheckpointError(
-                f"the checkpoint was written by a validation inside an optimizer step (micro-batch "
-                f"{done % self.accumulate} of {self.accumulate}), whose gradients are not in it; "
-                "resume from last.ckpt. predict takes this one"
-            )
-        self._resume_at = done

@@ -1,17 +1,20 @@
-"""Whether two runs meet the same records in the same order.
+"""Whether a run reads the same text, and meets the same records in the same order, as another.
 
 A checkpoint holds a position in the data. It means something only where the data, and all that
-decides their order, are what they were.
+decides their order, are what they were. What a state holds is written by the data module.
 """
 
 import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llama_lightning.data.templates import Template
+from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import CheckpointError
 
 # What no single key tells: which records are left in training once other files are taken out.
@@ -68,6 +71,48 @@ def check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
             f"the run differs from the checkpoint's: {shown}. Set them as they were, or start "
             "a new run without --ckpt_path"
         )
+
+
+def check_text(
+    state: Mapping[str, Any],
+    *,
+    template: Template,
+    template_name: str,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+) -> None:
+    """Refuse a checkpoint whose model knows text in another form.
+
+    Raises:
+        CheckpointError: template or tokenizer differ from the checkpoint's.
+    """
+    if state["template_text"] != template.text:
+        raise CheckpointError(
+            f"data.template is '{template_name}', but the checkpoint was trained with "
+            f"'{state['template']}'; set data.template to that"
+        )
+    if state["tokenizer"] != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"data.tokenizer: {tokenizer_path} makes other tokens than the tokenizer that "
+            "the checkpoint was trained with"
+        )
+
+
+def find_position(state: Mapping[str, Any], ours: Mapping[str, Any]) -> int:
+    """Find how many micro-batches of its epoch a checkpoint's run has done.
+
+    Raises:
+        CheckpointError: its run is another, or it lies inside an optimizer step.
+    """
+    check_identity(ours, state["identity"])
+    done, accumulate = int(state["micro_batches"]), ours["trainer.accumulate_grad_batches"]
+    if done % accumulate:
+        raise CheckpointError(
+            f"the checkpoint was written by a validation inside an optimizer step (micro-batch "
+            f"{done % accumulate} of {accumulate}), whose gradients are not in it; "
+            "resume from last.ckpt. predict takes this one"
+        )
+    return done
 
 
 def check_held_out(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
