@@ -23,14 +23,21 @@ from llama_lightning.data.batching import (
 )
 from llama_lightning.data.corpus import Corpus, Encoding, Part, default_cache
 from llama_lightning.data.examples import Dropped, Turns, encode_prompt
-from llama_lightning.data.identity import TRAINING_PART, check_identity, digest
+from llama_lightning.data.identity import (
+    TRAINING_PART,
+    check_held_out,
+    check_text,
+    digest,
+    find_position,
+    name_mix,
+)
 from llama_lightning.data.rows import FIELDS, Row
 from llama_lightning.data.splits import split
 from llama_lightning.data.templates import TEMPLATES, TemplateName
 from llama_lightning.data.token_file import Examples
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.data.tokenizer_files import huggingface_files
-from llama_lightning.errors import CheckpointError, DataError, UsageError
+from llama_lightning.errors import DataError, UsageError
 from llama_lightning.hub import fetch_data, parse_address
 from llama_lightning.records import Batch, PromptBatch, TextSide
 
@@ -139,6 +146,7 @@ class AlpacaDataModule(LightningDataModule):
         self.val_fraction = 0.0 if val_path else val_fraction
         self.test_fraction = 0.0 if test_path else test_fraction
         tokenizer = str(TINY) if tokenizer == "tiny" else tokenizer
+        self.given_tokenizer = tokenizer
         self.tokenizer_path = Path(tokenizer or base_folder or TINY)
         self.template_name: TemplateName = template
         self.template = TEMPLATES[template]
@@ -185,7 +193,16 @@ class AlpacaDataModule(LightningDataModule):
     @cached_property
     def train_files(self) -> list[Path]:
         """The files of `path` on this machine; fetched from the hub at first use."""
-        return [local_file(path) for path in self.weights]
+        given: dict[Path, str] = {}
+        files = [local_file(path) for path in self.weights]
+        for name, file in zip(self.weights, files, strict=True):
+            same = given.setdefault(file.resolve(), name)
+            if same != name:
+                raise DataError(
+                    f"data.path: {same} and {name} are both {file}; give one of them (a file in "
+                    "data/ stands for every hf:// address of its name)"
+                )
+        return files
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -213,12 +230,13 @@ class AlpacaDataModule(LightningDataModule):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides which text a model is trained on, for a model card."""
-        names = ("path", "val_fraction", "test_fraction", "batch_size", "max_seq_len", "seed")
+        names = ["path", "val_fraction", "test_fraction", "batch_size", "max_seq_len", "seed"]
+        names += ["train_on_prompt", "train_on_turns"]
+        names += [name for name in ("val_path", "test_path", "columns") if getattr(self, name)]
         settings = {name: getattr(self, name) for name in names}
-        return settings | {
-            "template": self.template_name,
-            "train_on_prompt": self.train_on_prompt,
-        }
+        if self.given_tokenizer:
+            settings["tokenizer"] = self.given_tokenizer
+        return settings | {"template": self.template_name}
 
     def text_side(self) -> TextSide:
         """What an export needs to read and write text as this data does."""
@@ -268,11 +286,8 @@ class AlpacaDataModule(LightningDataModule):
     def _parts(self) -> tuple[Part, Part, Part]:
         """Split, and weigh; a prompt of another part's file never stays in training."""
         corpus = Corpus(self.train_files, self.encoding)
-        digests = [file_hash.hex()[:16] for file_hash in corpus.hashes]
-        self._file_digest = digests[0]
-        if isinstance(self.path, dict):
-            pairs = zip(self.weights.values(), digests, strict=True)
-            self._file_digest = " + ".join(f"{weight} x {file}" for weight, file in pairs)
+        weights = list(self.weights.values())
+        self._file_digest = name_mix(weights, corpus.hashes)
         train, *others = split(
             corpus.prompts,
             val_fraction=self.val_fraction,
@@ -290,7 +305,6 @@ class AlpacaDataModule(LightningDataModule):
                 f"data: {len(train) - len(kept)} training records left out, "
                 "their prompts are in the validation or test data"
             )
-        weights = list(self.weights.values())
         return Part(corpus, corpus.weighed(kept, weights, seed=self.seed)), val, test
 
     def _not_empty(self, part: Part, name: str) -> Part:
@@ -419,18 +433,14 @@ class AlpacaDataModule(LightningDataModule):
         Raises:
             CheckpointError: template, tokenizer, data or batching differ from the checkpoint's.
         """
-        if state_dict["template_text"] != self.template.text:
-            raise CheckpointError(
-                f"data.template is '{self.template_name}', but the checkpoint was trained with "
-                f"'{state_dict['template']}'; set data.template to that"
-            )
-        if state_dict["tokenizer"] != self.tokenizer.fingerprint:
-            raise CheckpointError(
-                f"data.tokenizer: {self.tokenizer_path} makes other tokens than the tokenizer that "
-                "the checkpoint was trained with"
-            )
+        check_text(
+            state_dict,
+            template=self.template,
+            template_name=self.template_name,
+            tokenizer=self.tokenizer,
+            tokenizer_path=self.tokenizer_path,
+        )
         verb = self.trainer.state.fn if self.trainer else None
-        fitting = verb == "fit"
         paths = {
             "predict": self.predict_path or self.test_path,
             "test": self.test_path,
@@ -438,23 +448,7 @@ class AlpacaDataModule(LightningDataModule):
         }
         if paths.get(verb or ""):
             return  # no part of the training file is read, which need not even be there
-        # Checkpoints made before there were these keys.
-        stored = {"data.train_on_turns": "all", "data.columns": None} | state_dict["identity"]
-        ours = self._identity()
-        if not fitting:
-            if stored["data.path"] != ours["data.path"]:
-                return
-            # The same file split otherwise: the test part would hold records that were trained on.
-            split = ("data.seed", "data.val_fraction", "data.test_fraction")
-            stored, ours = ({k: d[k] for k in split} for d in (stored, ours))
-        check_identity(ours, stored)
-        if not fitting:
-            return
-        done = int(state_dict["micro_batches"])
-        if done % self.accumulate:
-            raise CheckpointError(
-                f"the checkpoint was written by a validation inside an optimizer step (micro-batch "
-                f"{done % self.accumulate} of {self.accumulate}), whose gradients are not in it; "
-                "resume from last.ckpt. predict takes this one"
-            )
-        self._resume_at = done
+        if verb == "fit":
+            self._resume_at = find_position(state_dict, self._identity())
+        else:
+            check_held_out(self._identity(), state_dict["identity"])

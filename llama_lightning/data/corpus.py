@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_lightning.data.examples import Encoded, Turns, encode_row
-from llama_lightning.data.files import check_file
+from llama_lightning.data.files import check_file, reading
 from llama_lightning.data.rows import Row, read_rows
 from llama_lightning.data.splits import weigh
 from llama_lightning.data.templates import Template
 from llama_lightning.data.token_file import Examples, TokenFile, hash_file, token_file
 from llama_lightning.data.tokenizer import Tokenizer
+from llama_lightning.errors import DataError
 
 
 def default_cache() -> Path:
@@ -87,18 +88,32 @@ class Corpus:
         for path in paths:
             check_file(path)
         self.paths, self.encoding = paths, encoding
-        self.hashes = [hash_file(path) for path in paths]
+        self.hashes: list[bytes] = []
+        for path in paths:
+            with reading(path):
+                self.hashes.append(hash_file(path))
         self.files = [encoding.tokenise(*pair) for pair in zip(paths, self.hashes, strict=True)]
         self.sizes = [len(file.rows) for file in self.files]
         self.prompts = [prompt for file in self.files for prompt in file.rows["prompt"].tolist()]
 
     def weighed(self, row_ids: Sequence[int], weights: Sequence[float], *, seed: int) -> list[int]:
-        """Repeat each file's rows by its weight."""
+        """Repeat each file's rows by its weight.
+
+        Raises:
+            DataError: a weight that leaves none of a file's rows.
+        """
         chosen: list[int] = []
         end = 0
-        for size, weight in zip(self.sizes, weights, strict=True):
+        for path, size, weight in zip(self.paths, self.sizes, weights, strict=True):
             start, end = end, end + size
-            chosen += weigh([i for i in row_ids if start <= i < end], weight, seed=seed)
+            own = [i for i in row_ids if start <= i < end]
+            weighed = weigh(own, weight, seed=seed)
+            if own and not weighed:
+                raise DataError(
+                    f"{path}: the weight {weight} leaves none of its {len(own)} training records; "
+                    "raise it in data.path, or leave the file out"
+                )
+            chosen += weighed
         return chosen
 
     def rows(self) -> Iterator[Row]:

@@ -9,6 +9,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +31,19 @@ def _not_json(path: Path, error: json.JSONDecodeError, lines_before: int = 0) ->
     )
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of a data file that it cannot be read.
+
+    Raises:
+        DataError: the system refuses to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend that") from error
+
+
 class _JsonText:
     """The text of a .json file, of which only what has not been parsed yet is in memory."""
 
@@ -38,7 +52,8 @@ class _JsonText:
         self.text, self.at, self.before = "", 0, 0  # `before`: characters left behind
 
     def _read_on(self) -> bool:
-        more = self.file.read(1 << 20)
+        # As much again as there is: a long value is parsed anew each time.
+        more = self.file.read(max(1 << 20, len(self.text) - self.at))
         if more:
             self.text, self.before, self.at = self.text[self.at :] + more, self.before + self.at, 0
         return bool(more)
@@ -66,10 +81,11 @@ def _json(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         text = _JsonText(file)
         try:
-            if text.next_character() != "[":
-                raise DataError(
-                    f"{path}: a list of records is needed, not {kind(text.take_value())}"
-                )
+            first = text.next_character()
+            if first != "[":
+                # The whole file may be one object or string: it is not parsed to be refused.
+                found = {"{": kind({}), '"': kind("")}.get(first) or kind(text.take_value())
+                raise DataError(f"{path}: a list of records is needed, not {found}")
             text.at += 1
             more = text.next_character() != "]"
             while more:
@@ -84,7 +100,8 @@ def _json(path: Path) -> Iterator[Any]:
             if text.next_character():
                 raise json.JSONDecodeError("Extra data", text.text, text.at)
         except json.JSONDecodeError as error:
-            whole = path.read_text(encoding="utf-8-sig")
+            # With its line ends, as it was read; what is behind the error may be no UTF-8.
+            whole = path.read_bytes().decode("utf-8-sig", errors="replace")
             raise _not_json(
                 path, json.JSONDecodeError(error.msg, whole, text.before + error.pos)
             ) from error
@@ -190,4 +207,5 @@ def read_records(path: Path) -> Iterator[Any]:
         DataError: no such file, an unknown format, or a broken file (with the place).
     """
     check_file(path)
-    yield from FORMATS[path.suffix](path)
+    with reading(path):
+        yield from FORMATS[path.suffix](path)

@@ -7,12 +7,12 @@ numbers and a checksum. No tokens are kept in memory, so that a set may be large
 
 import errno
 import hashlib
-import os
 import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, overload
 
 import numpy as np
@@ -54,12 +54,11 @@ class TokenFile:
         """Map a file.
 
         Raises:
-            ValueError: it is not what was once written.
-            OSError: it cannot be read.
+            OSError: it cannot be read, or is not what was once written.
         """
         whole = path.stat().st_size - FOOTER.size
         if whole < 0:
-            raise ValueError("cut off")
+            raise OSError(errno.EIO, "cut off")
         with path.open("rb") as file:
             file.seek(whole)
             num_tokens, num_rows, checksum = FOOTER.unpack(file.read())
@@ -67,7 +66,7 @@ class TokenFile:
             whole != 4 * num_tokens + ENTRY.itemsize * num_rows
             or hash_file(path, whole) != checksum
         ):
-            raise ValueError("damaged")
+            raise OSError(errno.EIO, "damaged")
         content = np.asarray(np.memmap(path, np.uint8, "r"))
         self.tokens: npt.NDArray[np.int32] = content[: 4 * num_tokens].view("<i4")
         self.rows: npt.NDArray[Any] = content[4 * num_tokens : whole].view(ENTRY)
@@ -75,7 +74,8 @@ class TokenFile:
     @staticmethod
     def write(path: Path, encoded: Iterable[tuple[Row, Encoded]]) -> None:
         """Write a file beside its place and rename it, so that it is there whole or not at all."""
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        # Processes of other machines, which may have our process id, write to the same folder.
+        beside = path.with_name(f"{path.name}.{token_hex(8)}")
         entries, end, checksum = bytearray(), 0, hashlib.sha256()
         try:
             with beside.open("wb") as file:
@@ -111,7 +111,7 @@ def token_file(folder: Path, content: object, encoded: Iterator[tuple[Row, Encod
     path = folder / f"{name}.tokens"
     try:
         return TokenFile(path)
-    except (OSError, ValueError):
+    except OSError:
         pass
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -270,6 +270,43 @@ def test_a_broken_file_of_a_mix_is_named(module, tmp_path):
         data.setup("fit")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("data/a.json", "./data/../data/a.json"),
+        ("hf://datasets/one/set/a.json", "hf://datasets/another/set/a.json"),
+        ("hf://datasets/one/set/a.json", "data/a.json"),
+    ],
+)
+def test_a_file_twice_in_a_mix(module, tmp_path, monkeypatch, first, second):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    write_records(Path("data", "a.json"), numbered(20))
+    with pytest.raises(DataError) as caught:
+        module([], path={first: 1.0, second: 1.0}).setup("fit")
+    assert f"data.path: {first} and {second} are both " in str(caught.value)
+
+
+def test_a_weight_that_leaves_nothing_of_a_file(module, tmp_path):
+    names = [str(write_records(tmp_path / f"{i}.json", numbered(20, start=50 * i))) for i in (0, 1)]
+    few, some = ({names[0]: 1.0, names[1]: weight} for weight in (0.02, 0.05))
+    with pytest.raises(DataError, match=r"1.json: the weight 0.02 leaves none of its \d+ training"):
+        module([], path=few).setup("fit")
+    data = module([], path=some)
+    data.setup("fit")
+    assert sum(i >= 20 for i in ids(data.train_examples)) == 1
+
+
+def test_the_settings_of_a_model_card_name_what_is_set(module, base, tmp_path):
+    plain = module(numbered(20)).settings
+    assert plain["train_on_turns"] == "all"
+    assert not {"val_path", "test_path", "columns", "tokenizer"} & plain.keys()
+    given = {"val_path": "v.json", "test_path": "t.json", "columns": {"output": "answer"}}
+    given |= {"tokenizer": str(base), "train_on_turns": "last"}
+    settings = module(numbered(20), **given).settings
+    assert {name: settings[name] for name in given} == given
+
+
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none(module, weight):
     with pytest.raises(UsageError, match="data.path: the weight of a.json is"):
@@ -523,16 +560,19 @@ def test_a_run_of_other_devices_is_refused(module, tmp_path):
         data.load_state_dict(state)
 
 
+def predicting(data: AlpacaDataModule, tmp_path: Path) -> AlpacaDataModule:
+    data.trainer = make_trainer(tmp_path)
+    data.trainer.state.fn = "predict"
+    if data.predict_path is None:
+        data.setup("predict")
+    return data
+
+
 def test_evaluation_refuses_only_what_would_leak(module, tmp_path):
     state = fitting(module(numbered(40), batch_size=4), tmp_path).state_dict()
 
     def evaluating(records, **kwargs) -> AlpacaDataModule:
-        data = module(records, **kwargs)
-        data.trainer = make_trainer(tmp_path)
-        data.trainer.state.fn = "predict"
-        if data.predict_path is None:
-            data.setup("predict")
-        return data
+        return predicting(module(records, **kwargs), tmp_path)
 
     # Another batch size, or another file, says nothing about which records were trained on.
     evaluating(numbered(40), batch_size=16).load_state_dict(state)
@@ -547,3 +587,43 @@ def test_evaluation_refuses_only_what_would_leak(module, tmp_path):
     # A template that differs changes every prompt, in evaluation too.
     with pytest.raises(CheckpointError, match="data.template is 'alpaca'"):
         evaluating(numbered(40), template="alpaca").load_state_dict(state)
+
+
+def test_evaluation_of_a_mix_refuses_what_would_leak(module, tmp_path):
+    names = [
+        str(write_records(tmp_path / f"{i}.json", numbered(40, start=100 * i))) for i in range(3)
+    ]
+    mix = dict(zip(names[:2], (1.0, 2.0), strict=True))
+    state = fitting(module([], path=mix), tmp_path).state_dict()
+
+    def evaluating(path, **kwargs) -> None:
+        predicting(module([], path=path, **kwargs), tmp_path).load_state_dict(state)
+
+    evaluating(mix)
+    evaluating(dict.fromkeys(names[:2], 3.0))  # weights repeat training records, and split nothing
+    evaluating(names[2], seed=3)
+    with pytest.raises(CheckpointError, match="data.seed is 3, was 0"):
+        evaluating(dict.fromkeys(names[:2], 3.0), seed=3)
+    with pytest.raises(CheckpointError, match="data.columns is {'input': 'output'}, was None"):
+        evaluating(mix, columns={"input": "output"})
+    # One of the files, another beside one of them, or another order: every split is another.
+    for path in (names[0], {names[0]: 1.0, names[2]: 2.0}, dict(reversed(mix.items()))):
+        with pytest.raises(CheckpointError, match=r"data.path is .*, was 1.0 x \w{16} \+ 2.0 x"):
+            evaluating(path)
+
+
+def test_a_file_of_weight_1_is_the_file(module, tmp_path):
+    name = str(write_records(tmp_path / "a.json", numbered(40)))
+    alone, mapped = (fitting(module([], path=path), tmp_path) for path in (name, {name: 1}))
+    states = [alone.state_dict(), mapped.state_dict()]
+    assert states[0] == states[1]
+    old = json.loads(json.dumps(states[1]))  # as such a mapping was once written
+    old["identity"]["data.path"] = f"1.0 x {old['identity']['data.path']}"
+    for data in (alone, mapped):
+        data.load_state_dict(old)
+    predicting(module([], path=name), tmp_path).load_state_dict(old)
+    with pytest.raises(CheckpointError, match="data.seed is 3, was 0"):
+        predicting(module([], path=name, seed=3), tmp_path).load_state_dict(old)
+    twice = fitting(module([], path={name: 2.0}), tmp_path)
+    with pytest.raises(CheckpointError, match=r"data.path is 2.0 x \w{16}, was \w{16}"):
+        twice.load_state_dict(old)

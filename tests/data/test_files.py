@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,35 @@ def test_a_long_json_list_is_read_in_pieces(tmp_path):
     line = text[:start].count("\n") + 1
     column = start - text.rfind("\n", 0, start)
     assert f"line {line}, column {column}: not JSON" in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_line_of_an_error_counts_line_feeds(tmp_path, end):
+    path = tmp_path / "a.json"
+    lines = ["[", *['{"instruction": "q", "output": "a"},'] * 50, "  {} !", "]", ""]
+    for behind in (b"", b" " * 2**21 + b"\xff"):  # the second is not reached
+        path.write_bytes(end.join(lines).encode() + behind)
+        with pytest.raises(DataError, match="line 52, column 6: not JSON"):
+            list(read_records(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"data": [%s]}', "a.json: a list of records is needed, not an object"),
+        ('"%s"', "a.json: a list of records is needed, not a string"),
+        ("[[%s", "a.json, line 1, column"),
+    ],
+)
+def test_a_large_file_of_another_form_is_refused_soon(tmp_path, content, says):
+    path = tmp_path / "a.json"
+    path.write_text(content % ("1," * (6 * 2**20)))
+    start = time.process_time()
+    with pytest.raises(DataError, match=says):
+        list(read_records(path))
+    seconds = time.process_time() - start
+    print(f"{path.stat().st_size / 2**20:.0f} MiB refused in {seconds:.2f} s of a core")
+    assert seconds < (3 if "line" in says else 0.2)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -151,7 +151,7 @@ def test_a_damaged_file_is_made_again(tmp_path, encoded, damage):
     (file,) = cache.iterdir()
     good = file.read_bytes()
     file.write_bytes(damage(good))
-    with pytest.raises(ValueError, match="cut off|damaged"):
+    with pytest.raises(OSError, match="cut off|damaged"):
         TokenFile(file)
     assert list(fitted(path, cache).train_examples) == expected
     assert len(encoded) == 100
@@ -172,6 +172,46 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert "tokenised data cannot be written (File too large)" in str(caught.value)
     assert "set data.cache_dir to another folder" in str(caught.value)
     assert list(cache.iterdir()) == []
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """One that begins and ends while another, of the same process id, is at work."""
+    (tmp_path / "a.json").write_text(TINY_TRAIN.read_text())
+    data = AlpacaDataModule(path=str(tmp_path / "a.json"), cache_dir=str(tmp_path / "cache"))
+    pairs = list(data.encoding._encoded(tmp_path / "a.json"))[:200]
+    path = tmp_path / "a.tokens"
+
+    def interrupted():
+        yield from pairs[:100]
+        TokenFile.write(path, pairs)
+        yield from pairs[100:]
+
+    TokenFile.write(path, interrupted())
+    assert len(TokenFile(path).rows) == 200
+    assert not list(tmp_path.glob("a.tokens.*"))
+
+
+def test_a_disk_that_loses_what_was_written(tmp_path, monkeypatch):
+    written = TokenFile.write
+
+    def lossy(path, encoded):
+        written(path, encoded)
+        path.write_bytes(path.read_bytes()[:-10])
+
+    monkeypatch.setattr(TokenFile, "write", lossy)
+    with pytest.raises(DataError, match=r"cannot be written \((cut off|damaged)\)"):
+        fitted(write(tmp_path / "a.json", 50), tmp_path / "cache")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="reads /proc/self/mem")
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_a_data_file_that_cannot_be_read(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.symlink_to("/proc/self/mem")  # a regular file whose first byte is an error
+    with pytest.raises(DataError) as caught:
+        fitted(path, tmp_path / "cache")
+    assert str(caught.value) == f"{path}: cannot be read (Input/output error); mend that"
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
