@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llama_lightning.data.alpaca import AlpacaDataModule
+from llama_lightning.model.lora import LoRAConfig
 from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Generation
 from llama_lightning.training.llama_module import LlamaModule
@@ -23,9 +24,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _predict(folder: Path, size: int, precision: str, samples: int) -> tuple[LlamaModule, list]:
+def _predict(
+    folder: Path, size: int, precision: str, samples: int = 1, rank: int = 0
+) -> tuple[LlamaModule, list]:
     module = LlamaModule(
         base_model=str(folder),
+        lora=LoRAConfig(rank=rank),
+        base_dtype="float32",  # as without LoRA
         generation=GenerationConfig(max_new_tokens=20, temperature=2.0, num_samples=samples),
     )
     data = AlpacaDataModule(
@@ -58,8 +63,16 @@ def test_predict_answers_the_same_whatever_its_batches(folder: Path, samples: in
     ]
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_lora_that_changes_nothing_answers_as_its_base(folder: Path, precision: str) -> None:
+    _, expected = _predict(folder, 4, precision)
+    module, finished = _predict(folder, 4, precision, rank=4)
+    print(f"{precision}, LoRA in {module.model.model.layers[0].mlp.up_proj.lora_A.weight.dtype}")
+    assert sorted(finished) == sorted(expected)
+
+
 def test_weights_come_back_from_predict_and_from_a_stopped_one(folder: Path) -> None:
-    module, _ = _predict(folder, 4, "bf16-true", 1)
+    module, _ = _predict(folder, 4, "bf16-true")
     fresh = LlamaModule(base_model=str(folder))
     fresh.configure_model()
     ours, theirs = module.state_dict(), fresh.state_dict()
