@@ -274,6 +274,13 @@ class ExportAtEnd(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export; last.ckpt is on the disk already."""
         assert isinstance(pl_module, LlamaModule)
-        if self.what is not None:
-            data = trainer.datamodule  # type: ignore[attr-defined]
+        if self.what is None:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        # Lightning has put it on the CPU already, where it would be measured slowly, and whose
+        # numbers NCCL does not add up over ranks.
+        pl_module.to(trainer.strategy.root_device)
+        try:
             export(trainer, pl_module, data, self.what, steps=trainer.global_step)
+        finally:
+            pl_module.cpu()
