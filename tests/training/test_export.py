@@ -13,12 +13,15 @@ import peft
 import pytest
 import torch
 import transformers
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from llama_lightning import AlpacaDataModule, LlamaModule, LoRAConfig, Trainer
 from llama_lightning.assets import TINY
 from llama_lightning.cli import main
 from llama_lightning.errors import UsageError, WeightsError
 from llama_lightning.training import export
+from llama_lightning.training.export import ExportAtEnd
 from llama_lightning.weights.huggingface import save_huggingface
 from llama_lightning.weights.new_folder import ORIGIN, check_target, new_folder
 from tests.model.oracle import max_difference, small_config, small_llama
@@ -167,6 +170,25 @@ def test_fit_refuses_before_it_trains(base, tmp_path, capfd):
     error = capfd.readouterr().err.splitlines()[-1]
     print(error)
     assert "mine: not empty (thesis.tex)" in error
+
+
+@pytest.mark.parametrize("logger", [False, DummyLogger(), TensorBoardLogger(".", "", "")])
+def test_no_export_into_a_folder_that_runs_share(logger, tmp_path, base, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False)
+    module = LlamaModule(str(base))
+    with caplog.at_level("INFO"):
+        unasked = ExportAtEnd()
+        unasked.setup(trainer, module, "fit")
+    assert unasked.what is None
+    assert "no folder of its own; set export.output" in caplog.text
+    with pytest.raises(UsageError, match=r"no folder of its own; set export\.output"):
+        ExportAtEnd("hf").setup(trainer, module, "fit")
+    asked = ExportAtEnd("hf", output="out")
+    asked.setup(trainer, module, "fit")
+    assert asked.what is not None
+    assert asked.what.output == Path("out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_by_python(tmp_path, base):
