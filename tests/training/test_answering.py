@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from llama_lightning.data.alpaca import AlpacaDataModule
+from llama_lightning.evaluation.callbacks import ResponseWriter
 from llama_lightning.model.lora import LoRAConfig
 from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Generation
@@ -24,6 +27,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _trainer(folder: Path, precision: str, *callbacks: Callback) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=str(folder),
+        callbacks=list(callbacks),
+    )
+
+
 def _predict(
     folder: Path, size: int, precision: str, samples: int = 1, rank: int = 0
 ) -> tuple[LlamaModule, list]:
@@ -36,14 +51,7 @@ def _predict(
     data = AlpacaDataModule(
         predict_path=str(folder / "prompts.json"), base_folder=str(folder), eval_batch_size=size
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=str(folder),
-    )
+    trainer = _trainer(folder, precision)
     finished: list[Generation] = []
     module.on_generation.append(finished.append)
     returned = trainer.predict(module, datamodule=data)
@@ -96,3 +104,27 @@ def test_weights_come_back_from_predict_and_from_a_stopped_one(folder: Path) -> 
     assert sorted(module.answer(prompts)) == expected  # nothing of the stopped run is left
     module.model.requires_grad_(True)
     module.model(prompts.tokens[None]).float().logsumexp(-1).sum().backward()
+
+
+class _Stop(Callback):
+    def on_predict_batch_end(self, trainer: Any, module: Any, *given: Any) -> None:
+        raise RuntimeError("stop")
+
+
+def test_a_stop_between_two_batches_leaves_nothing(folder: Path) -> None:
+    module, finished = _predict(folder, 4, "bf16-true")
+    expected = sorted(finished)  # it listens on
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    data = AlpacaDataModule(
+        predict_path=str(folder / "prompts.json"), base_folder=str(folder), eval_batch_size=4
+    )
+    writer, stop = ResponseWriter(str(folder / "responses.jsonl")), _Stop()
+    trainer = _trainer(folder, "bf16-true", writer, stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.predict(module, datamodule=data)
+    after = module.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    trainer.callbacks.remove(stop)
+    answers = trainer.predict(module, datamodule=data)
+    assert sorted(g for batch in answers for g in batch) == expected
+    assert len((folder / "responses.jsonl").read_text().splitlines()) == len(expected)
