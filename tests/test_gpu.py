@@ -18,6 +18,7 @@ from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Prefixes, PromptBatch
 from tests.model.oracle import small_llama
 from tests.small import write_byte_tokenizer, write_small_llama
+from tests.training.test_two_ranks import fit_in_a_process
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,6 +108,51 @@ def test_fit_resume_and_predict(tmp_path: Path, optimizer: str, precision: str) 
     assert main(["fit", *arguments, "--trainer.max_steps=4", checkpoint]) == 0
     assert main(["predict", *arguments, checkpoint]) == 0
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_the_export_at_the_end_measures_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_lightning import AlpacaDataModule, LlamaModule, LoRAConfig, Trainer
+    from llama_lightning.training import export
+
+    write_small_llama(tmp_path / "base", vocab_size=512)
+    write_byte_tokenizer(tmp_path / "base")
+    records = [{"instruction": f"q{i}", "output": "ab"} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    measure, measured = export._validation_loss, []
+
+    def measuring(trainer: Any, module: LlamaModule, data: Any) -> float | None:
+        loss = measure(trainer, module, data)
+        measured.append((module.device.type, loss))
+        return loss
+
+    monkeypatch.setattr(export, "_validation_loss", measuring)
+    module = LlamaModule(str(tmp_path / "base"), lora=LoRAConfig(rank=4))
+    data = AlpacaDataModule(
+        path=str(tmp_path / "data.json"), base_folder=str(tmp_path / "base"), val_fraction=0.2
+    )
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cuda",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=export.ExportAtEnd(format="hf", output=str(tmp_path / "hf")),
+    )
+    trainer.fit(module, datamodule=data)
+    print(f"devices and losses of the export: {measured}")
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+    assert [device for device, _ in measured] == ["cuda", "cuda"]
+    assert module.device.type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_the_export_at_the_end_of_two_devices(tmp_path: Path) -> None:
+    keys = ["--trainer.accelerator=cuda", "--trainer.devices=2", "--trainer.strategy=auto"]
+    output = fit_in_a_process(tmp_path, *keys)
+    assert output.count("exported:") == 1
 
 
 def test_the_model_is_off_the_device_when_the_judge_starts(

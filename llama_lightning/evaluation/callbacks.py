@@ -42,6 +42,13 @@ def to_response(
     )
 
 
+def _forget(listener: Callable[[Generation], None], module: LightningModule) -> None:
+    """Have a stopped run's listener out of the way of the next run's."""
+    listeners: Any = module.on_generation
+    if listener in listeners:
+        listeners.remove(listener)
+
+
 class ResponseWriter(Callback):
     """Write responses.jsonl during predict and report exact match and ROUGE-L at its end.
 
@@ -79,7 +86,8 @@ class ResponseWriter(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no empty file where there was no answer."""
+        """Listen no more, and leave no empty file where there was no answer."""
+        _forget(self._write, pl_module)
         target = getattr(self, "target", None)
         if target is not None and target.is_file() and not target.stat().st_size:
             target.unlink()
@@ -156,6 +164,12 @@ class TestScores(Callback):
 
     def _add(self, generation: Generation) -> None:
         self._scores.add(to_response(generation, self._rows, self._decode))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Listen no more."""
+        _forget(self._add, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks and log."""

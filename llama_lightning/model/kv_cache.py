@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from llama_lightning.model.config import LlamaConfig
 
+GROWTH = 256  # `reserve` leaves a multiple of so many slots
+
 
 class KVCache:
     """A preallocated cache for B rows of at most S tokens."""
@@ -87,8 +89,11 @@ class KVCache:
         self.lengths_B[targets] = self.lengths_B[sources]
 
     def reserve(self, max_length: int) -> None:
-        """Make room for rows of so many tokens, where there is less."""
+        """Make room for rows of so many tokens, where there is less; rarely, as it copies all."""
         missing = max_length - self.keys[0].shape[2]
-        if missing > 0:
-            self.keys = [F.pad(k, (0, 0, 0, missing)) for k in self.keys]
-            self.values = [F.pad(v, (0, 0, 0, missing)) for v in self.values]
+        if missing <= 0:
+            return
+        missing += -max_length % GROWTH
+        for tensors in (self.keys, self.values):
+            for layer in range(len(tensors)):  # in place: of one layer alone there are two copies
+                tensors[layer] = F.pad(tensors[layer], (0, 0, 0, missing))

@@ -60,6 +60,7 @@ def prepacked(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules()
         if _has_kernels()
         and type(module) is nn.Linear
+        and "lora_" not in name  # small, and LoRALinear reads their type
         and module.weight.device.type == "cpu"
         and _in_bf16(module)
     }

@@ -221,6 +221,13 @@ def _write_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def _own_folder(trainer: pl.Trainer) -> Path | None:
+    """Name the run's folder, or None where runs share it or there is none."""
+    folder = trainer.log_dir
+    shared = folder is None or Path(folder).resolve() == Path(trainer.default_root_dir).resolve()
+    return None if shared else Path(str(folder))
+
+
 class ExportAtEnd(Callback):
     """Export what fit has trained, at its end.
 
@@ -252,21 +259,21 @@ class ExportAtEnd(Callback):
         """
         assert isinstance(pl_module, LlamaModule)
         dry = trainer.fast_dev_run  # type: ignore[attr-defined]
-        run_folder = trainer.log_dir  # all ranks ask, as it is a broadcast
+        run_folder = _own_folder(trainer)  # all ranks ask, as it is a broadcast
         if stage != "fit" or self.format == "none" or dry:
             return
-        if self.format == "auto" and not self.output:
-            if not trainer.loggers:
-                rank_zero_info("export: the run has no folder; to export, set export.output")
-                return
-            if pl_module.llama_config.qkv_bias and not pl_module.lora.rank:
-                rank_zero_info("export: none, as no other program knows model.qkv_bias")
-                return
-        elif not (self.output or trainer.loggers):
-            raise UsageError(
-                "trainer.logger false leaves the run without a folder; set export.output"
-            )
-        output = Path(self.output or Path(str(run_folder)) / "export")
+        output = Path(self.output) if self.output else run_folder and run_folder / "export"
+        if output is None:
+            if self.format != "auto":
+                raise UsageError(
+                    "trainer.logger gives the run no folder of its own; set export.output"
+                )
+            rank_zero_info("export: the run has no folder of its own; set export.output")
+            return
+        full = not pl_module.lora.rank
+        if self.format == "auto" and not self.output and full and pl_module.llama_config.qkv_bias:
+            rank_zero_info("export: none, as no other program knows model.qkv_bias")
+            return
         self.what = Export(output, self.format, self.dtype, self.overwrite)
         if trainer.is_global_zero:
             self.what.check(pl_module)
@@ -274,6 +281,13 @@ class ExportAtEnd(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export; last.ckpt is on the disk already."""
         assert isinstance(pl_module, LlamaModule)
-        if self.what is not None:
-            data = trainer.datamodule  # type: ignore[attr-defined]
+        if self.what is None:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        # Lightning has put it on the CPU already, where it would be measured slowly, and whose
+        # numbers NCCL does not add up over ranks.
+        pl_module.to(trainer.strategy.root_device)
+        try:
             export(trainer, pl_module, data, self.what, steps=trainer.global_step)
+        finally:
+            pl_module.cpu()

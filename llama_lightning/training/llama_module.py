@@ -344,9 +344,21 @@ class LlamaModule(LightningModule):
             raise
         finally:
             if drain:
-                self._answering = None
-                self._prepacked.close()
+                self.stop_answering()
         return generations
+
+    def stop_answering(self) -> None:
+        """Give the weights back as they were, and drop what is not answered."""
+        self._answering = None
+        self._prepacked.close()
+
+    def on_predict_start(self) -> None:
+        """Begin anew."""
+        self.stop_answering()
+
+    def on_test_start(self) -> None:
+        """Begin anew."""
+        self.stop_answering()
 
     # Checkpoints
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_lightning.weights.new_folder import ORIGIN
+
 LOADED_BY = {
     "peft": "PeftModel.from_pretrained(base, FOLDER)",
     "hf": "AutoModelForCausalLM.from_pretrained(FOLDER)",
@@ -48,7 +50,7 @@ def model_card(
     head = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     if base_model.count("/") == 1 and not Path(base_model).exists():
         head.append(f"base_model: {base_model}")
-    head += ["tags: [llama, llama-lightning]", "---"]
+    head += [ORIGIN["README.md"], "---"]
     return "\n".join(
         [
             *head,

@@ -19,6 +19,7 @@ from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.progress import RunProgress
 from llama_lightning.training.run_logger import RunLogger
 from llama_lightning.training.signals import StopOnSignal
+from llama_lightning.training.unfinished_answers import UnfinishedAnswers
 
 # fp16 needs a loss scaler, whose overflows the check for finite gradients would stop.
 PRECISIONS = ("bf16-mixed", "bf16-true", "32-true", "64-true")
@@ -69,7 +70,7 @@ class Trainer(pl.Trainer):
             )
         given = kwargs.get("callbacks") or []
         callbacks = [given] if isinstance(given, pl.Callback) else list(given)
-        callbacks += [StopOnSignal(), Throughput(), ParameterTable()]
+        callbacks += [StopOnSignal(), UnfinishedAnswers(), Throughput(), ParameterTable()]
         shown = kwargs.get("enable_progress_bar") is not False
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(RunProgress())

@@ -22,6 +22,7 @@ from llama_lightning.errors import UsageError
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.rope import inverse_frequencies
+from llama_lightning.weights.new_folder import ORIGIN
 
 FileType = Literal["float32", "float16", "bfloat16", "q8_0"]
 # What GGUF calls the type of a tensor, and of a whole file.
@@ -109,7 +110,7 @@ def _add_tokenizer(writer: Any, files: Mapping[str, str], size: int) -> None:
 
 def _modelfile(file: str, template: str, stops: Sequence[str]) -> str:
     lines = [
-        "# ollama create NAME -f Modelfile",
+        ORIGIN["Modelfile"],
         f"FROM ./{file}",
         f'TEMPLATE """{template}"""',
         *(f'PARAMETER stop "{stop}"' for stop in stops),

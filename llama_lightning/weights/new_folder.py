@@ -1,6 +1,6 @@
 """A folder that appears whole or not at all: built beside its target, then renamed.
 
-It knows no formats, only the names of the files that exports write.
+It knows no formats, only the names of the files that exports write and the lines that say so.
 """
 
 import errno
@@ -14,20 +14,42 @@ from safetensors import SafetensorError
 
 from llama_lightning.errors import UsageError, WeightsError
 
-EXPORTED = ("*.json", "*.safetensors", "*.gguf", "Modelfile", "README.md")
+EXPORTED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model-*.gguf",
+    "README.md",
+    "Modelfile",
+)
+# Other programs write files of these names too: the line by which an export of ours is known.
+ORIGIN = {
+    "README.md": "tags: [llama, llama-lightning]",
+    "Modelfile": "# By llama_lightning. To serve it: ollama create NAME -f Modelfile",
+}
 
 
 def check_target(output: Path, *, overwrite: bool) -> None:
     """Refuse a target that holds something.
+
+    An earlier export that lost its name when this one was killed gets it back first.
 
     Args:
         output: the folder to be.
         overwrite: an earlier export may be there, and nothing else.
 
     Raises:
-        UsageError: a file, the working directory, a folder that is not empty, or one with files
-            that no export writes.
+        UsageError: a file, the working directory, a folder that is not empty, or one that is no
+            earlier export.
     """
+    _restore(output)
     if not output.exists():
         return
     if not output.is_dir():
@@ -35,16 +57,40 @@ def check_target(output: Path, *, overwrite: bool) -> None:
     if output.samefile(Path.cwd()):
         raise UsageError(f"output {output}: the working directory; name a folder in it")
     there = sorted(output.iterdir())
-    others = [path.name for path in there if not any(path.match(name) for name in EXPORTED)]
-    if others and overwrite:
-        raise UsageError(
-            f"output {output}: {others[0]} in it is not of an export; it is not overwritten, "
-            "name another folder"
-        )
     if there and not overwrite:
         raise UsageError(
             f"output {output}: not empty ({there[0].name}); name another folder, or set overwrite"
         )
+    others = [path.name for path in there if not _is_exported(path)]
+    if others:
+        raise UsageError(
+            f"output {output}: {others[0]} in it is not of an export; it is not overwritten, "
+            "name another folder"
+        )
+    if there and not any(_has_line(output / name, line) for name, line in ORIGIN.items()):
+        raise UsageError(
+            f"output {output}: neither README.md nor Modelfile in it says that llama_lightning has "
+            "exported it; it is not overwritten, name another folder"
+        )
+
+
+def _is_exported(path: Path) -> bool:
+    return path.is_file() and any(path.match(name) for name in EXPORTED)
+
+
+def _has_line(path: Path, line: str) -> bool:
+    return path.is_file() and line in path.read_text("utf-8", errors="replace").splitlines()
+
+
+def _before(output: Path) -> Path:
+    """Where an earlier export stays until the new one has its name."""
+    output = output.resolve()
+    return output.with_name(f".{output.name}.old")
+
+
+def _restore(output: Path) -> None:
+    if not output.exists() and _before(output).is_dir():
+        _before(output).replace(output.resolve())
 
 
 @contextmanager
@@ -60,9 +106,8 @@ def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
         WeightsError: it cannot be written, e.g. as the disk is full.
     """
     check_target(output, overwrite=overwrite)
-    output = output.absolute()
-    beside = output.with_name(f".{output.name}.new")
-    before = output.with_name(f".{output.name}.old")
+    output = output.resolve()
+    beside, before = output.with_name(f".{output.name}.new"), _before(output)
     try:
         for left_over in (beside, before):  # by an export that was killed
             shutil.rmtree(left_over, ignore_errors=True)
@@ -79,6 +124,7 @@ def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
             "Make room, or name another folder"
         ) from error
     finally:
+        _restore(output)
         shutil.rmtree(beside, ignore_errors=True)
 
 

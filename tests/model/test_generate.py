@@ -1,11 +1,13 @@
 """Generation is transformers' in greedy mode, and no row's text depends on its neighbours."""
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_lightning.model.config import RopeScaling
 from llama_lightning.model.generate import generate
@@ -361,3 +363,37 @@ def test_a_cache_of_long_rows_keeps_its_positions() -> None:
         difference = max_difference(model(tokens[:, 300:], cache=cache)[0, 0], model(tokens)[0, -1])
     print(f"max |cached - uncached| at token 300 {difference:.1e} (bound 1e-04)")
     assert difference <= 1e-4
+
+
+class _Alive(TorchDispatchMode):
+    """Counts, at each pad, the tensors that are still there."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.references = [weakref.ref(tensor) for tensor in tensors]
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "pad" in str(function):
+            self.counts.append(sum(reference() is not None for reference in self.references))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_cache_grows_layer_by_layer_and_rarely() -> None:
+    config = small_config(num_hidden_layers=3)
+    cache = KVCache.allocate(config, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
+    for layer in range(3):
+        cache.append(layer, *(torch.full((2, 3, 2, config.head_dim), layer + 1.0),) * 2)
+    with _Alive(cache.keys + cache.values) as alive:
+        cache.reserve(200)
+    print(f"tensors of before at each copy: {alive.counts}")
+    assert alive.counts == [6, 5, 4, 3, 2, 1]
+    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        assert keys.shape[2] == values.shape[2] == 256
+        assert keys[:, :, :3].eq(layer + 1).all()
+        assert values[:, :, :3].eq(layer + 1).all()
+    first = cache.keys[0]
+    cache.reserve(256)
+    assert cache.keys[0] is first
+    cache.reserve(257)
+    assert cache.keys[0].shape[2] == 512

@@ -13,13 +13,17 @@ import peft
 import pytest
 import torch
 import transformers
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from llama_lightning import AlpacaDataModule, LlamaModule, LoRAConfig, Trainer
 from llama_lightning.assets import TINY
 from llama_lightning.cli import main
-from llama_lightning.errors import WeightsError
+from llama_lightning.errors import UsageError, WeightsError
 from llama_lightning.training import export
+from llama_lightning.training.export import ExportAtEnd
 from llama_lightning.weights.huggingface import save_huggingface
+from llama_lightning.weights.new_folder import ORIGIN, check_target, new_folder
 from tests.model.oracle import max_difference, small_config, small_llama
 
 USAGE, DATA = 2, 3
@@ -168,6 +172,25 @@ def test_fit_refuses_before_it_trains(base, tmp_path, capfd):
     assert "mine: not empty (thesis.tex)" in error
 
 
+@pytest.mark.parametrize("logger", [False, DummyLogger(), TensorBoardLogger(".", "", "")])
+def test_no_export_into_a_folder_that_runs_share(logger, tmp_path, base, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False)
+    module = LlamaModule(str(base))
+    with caplog.at_level("INFO"):
+        unasked = ExportAtEnd()
+        unasked.setup(trainer, module, "fit")
+    assert unasked.what is None
+    assert "no folder of its own; set export.output" in caplog.text
+    with pytest.raises(UsageError, match=r"no folder of its own; set export\.output"):
+        ExportAtEnd("hf").setup(trainer, module, "fit")
+    asked = ExportAtEnd("hf", output="out")
+    asked.setup(trainer, module, "fit")
+    assert asked.what is not None
+    assert asked.what.output == Path("out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_by_python(tmp_path, base):
     data = AlpacaDataModule(tokenizer=str(base), val_fraction=0.0)
     module = LlamaModule(str(base), lora=LoRAConfig(rank=2), base_dtype="float32")
@@ -248,6 +271,50 @@ def test_an_earlier_export_is_replaced_when_asked(run, tmp_path, capfd):
     names = sorted(path.name for path in output.iterdir())
     assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"alpaca_data.json": "[]"}, "alpaca_data.json in it is not of an export"),
+        ({"config.json": "{}", "README.md": "---\ntags: [llama]\n---"}, "neither README.md nor"),
+        ({"model-f16.gguf": "", "Modelfile": "FROM ./model-f16.gguf"}, "neither README.md nor"),
+        ({"README.md": ORIGIN["README.md"], "config.json/a": ""}, "config.json in it is not"),
+        ({"README.md": f"---\n{ORIGIN['README.md']}\n---", "config.json": "{}"}, None),
+        ({"Modelfile": f"{ORIGIN['Modelfile']}\nFROM ./a", "model-f16.gguf": ""}, None),
+    ],
+)
+def test_only_an_export_of_ours_is_replaced(files, said, tmp_path):
+    for name, text in files.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if said is None:
+        check_target(tmp_path / "out", overwrite=True)
+    else:
+        with pytest.raises(UsageError, match=said):
+            check_target(tmp_path / "out", overwrite=True)
+
+
+def test_the_earlier_export_survives_a_kill_between_the_renames(tmp_path):
+    output, before = tmp_path / "out", tmp_path / ".out.old"
+    before.mkdir()
+    (before / "README.md").write_text(ORIGIN["README.md"])
+    with pytest.raises(UsageError, match="not empty"), new_folder(output, overwrite=False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def fail_between_the_renames() -> None:
+        with new_folder(output, overwrite=True):
+            output.replace(before)
+            raise OSError
+
+    with pytest.raises(WeightsError):
+        fail_between_the_renames()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with new_folder(output, overwrite=True) as folder:
+        (folder / "new").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/new"]
 
 
 def _python_export(base: Path, output: Path, format: str) -> None:

@@ -1,18 +1,21 @@
 """The command line on two processes: it ends, writes once, and trains what one process trains."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
 
 
-def _fit(folder: Path, *arguments: str) -> str:
+def fit_in_a_process(folder: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "llama_lightning", "fit", "--config=configs/tiny_lora.yaml"]
     keys = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--samples.every_n_steps=3"]
     keys += [f"--trainer.default_root_dir={folder}", "--checkpoint.every_n_train_steps=2"]
+    keys += ["--export.format=hf"]  # which measures on all ranks
     # Whatever only one of two ranks waits for shows as a hang.
     result = subprocess.run(
         [*command, *keys, *arguments],
@@ -30,13 +33,22 @@ def test_two_ranks_train_what_one_trains(tmp_path: Path) -> None:
     outputs, weights = {}, {}
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
-        outputs[ranks] = _fit(folder, f"--trainer.devices={ranks}", "--trainer.strategy=auto")
+        outputs[ranks] = fit_in_a_process(
+            folder, f"--trainer.devices={ranks}", "--trainer.strategy=auto"
+        )
         (checkpoint,) = folder.rglob("last.ckpt")
         weights[ranks] = torch.load(checkpoint, weights_only=True)["state_dict"]
         assert len(list(folder.rglob("config.yaml"))) == 1
         assert len(list(folder.rglob("best.ckpt"))) == 1
     assert outputs[2].count("trained weights:") == 1
     assert outputs[2].count("Memory on cpu") == 1
+    losses = {}
+    for ranks, output in outputs.items():
+        (line,) = re.findall(r"validation loss (\S+) as trained, (\S+) merged", output)
+        losses[ranks] = [float(loss) for loss in line]
+        assert output.count("exported:") == 1
+    print(f"validation loss before and after the export's merging, by ranks: {losses}")
+    assert losses[2] == pytest.approx(losses[1], abs=1e-3)
     error = max(
         float((weights[2][name] - tensor).norm() / tensor.norm())
         for name, tensor in weights[1].items()
