@@ -119,6 +119,10 @@ class VerdictFile:
         row = self._rows.get(key)
         return None if row is None or row.status == BACKEND_ERROR else row
 
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a row, final or not."""
+        return key in self._rows
+
     def __getitem__(self, key: str) -> Verdict:
         return self._rows[key]
 

@@ -483,6 +483,22 @@ def test_a_server_that_fails_each_time(judge: Runner) -> None:
     assert 3 * 4 <= len(server.chats) <= 4 * 4  # the next was on its way
 
 
+def test_responses_that_always_fail_do_not_hold_up_the_rest(judge: Runner, responses: Path) -> None:
+    write(responses, [record(i, response="bad" if i < 4 else "good") for i in range(12)])
+
+    def brain(body: dict[str, Any]) -> Words | Fault:
+        return Fault(500, "no") if graded_text(body) == "bad" else Words("[RESULT] 4")
+
+    with FakeOllama(brain) as server:
+        first = judge(server)
+        assert "failed for 3 responses in a row" in first.error
+        second = judge(server, max_excluded_fraction=0.5)
+        third = judge(server, max_excluded_fraction=0.5)  # of a run that is through
+    for run in (second, third):
+        assert run.code == 0
+        assert (run.summary["graded"], run.summary["excluded"]) == (8, {"backend_error": 4})
+
+
 def test_several_at_a_time(judge: Runner, responses: Path) -> None:
     write(responses, [record(i) for i in range(16)])
     barrier = threading.Barrier(4)
