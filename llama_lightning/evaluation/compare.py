@@ -59,7 +59,7 @@ def _pairs(a: JudgedRun, b: JudgedRun, rows_a: list[Graded], rows_b: list[Graded
 
 def _by_prompt(pairs: list[Pair], values: Iterable[int | None]) -> list[float]:
     """Compute a mean a prompt: the samples of one prompt are no prompts of their own."""
-    by_prompt: dict[int, list[int]] = {}
+    by_prompt: dict[int | str, list[int]] = {}
     for pair, value in zip(pairs, values, strict=True):
         if value is not None:
             by_prompt.setdefault(pair.a.response.id, []).append(value)

@@ -159,7 +159,7 @@ def summarise(graded: Sequence[Graded], settings: Settings, graded_model: str = 
     scored = [(len(r.response), v.score) for r, v in graded if v.score is not None]
     scores = [score for _, score in scored]
     # Samples of one prompt are no independent grades: what is drawn again are prompts.
-    prompts: dict[int, list[int]] = {}
+    prompts: dict[int | str, list[int]] = {}
     for response, verdict in graded:
         if verdict.score is not None:
             prompts.setdefault(response.id, []).append(verdict.score)

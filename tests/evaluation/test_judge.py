@@ -226,6 +226,11 @@ def test_a_list_of_records(judge: Runner, responses: Path) -> None:
     assert "<reference_answer>\nx\n" in server.chats[0]["messages"][1]["content"]
 
 
+def test_names_of_rows(judge: Runner, responses: Path) -> None:
+    write(responses, [record(i, id=name) for i, name in enumerate([None, "q", 7, "1"])])
+    assert [v["id"] for v in judge(backend="exact").verdicts] == [0, "q", 7, "1"]
+
+
 def test_equal_responses_are_graded_once(judge: Runner, responses: Path) -> None:
     write(responses, [record(i, instruction="Q", reference="a", response="b") for i in range(4)])
     with FakeOllama() as server:
@@ -647,6 +652,18 @@ def test_two_judges_are_not_mixed(judge: Runner) -> None:
         ('{"instruction": "a", "response": "b"}\n{"instr', "line 2 is not JSON"),
         ('{"instruction": "a"}\n', "row 0: no text 'response'"),
         ('{"instruction": "a", "response": 3}\n', "row 0: no text 'response'"),
+        ('{"instruction": "a", "response": "b", "id": true}\n', "row 0: id is True; use a whole"),
+        ('{"instruction": "a", "response": "b", "id": 1.0}\n', "row 0: id is 1.0; use a whole"),
+        ('{"instruction": "a", "response": "b", "id": [1]}\n', "row 0: id is [1]; use a whole"),
+        ('{"instruction": "a", "response": "b", "sample": "x"}\n', "row 0: sample is 'x'; use a"),
+        (
+            '{"instruction": "a", "response": "b", "id": "q"}\n' * 2,
+            "row 1 has the id 'q' and sample 0 of row 0; give each prompt an id of its own",
+        ),
+        (
+            '[{"instruction": "a", "response": "b", "id": 1}, {"instruction": "", "response": ""}]',
+            "row 1 has the id 1 and sample 0 of row 0",
+        ),
     ],
 )
 def test_broken_responses(judge: Runner, responses: Path, text: str, said: str) -> None:
