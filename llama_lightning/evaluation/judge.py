@@ -7,6 +7,7 @@ exact.py.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from llama_lightning.errors import UsageError
 from llama_lightning.evaluation.prompts import JudgePrompt
@@ -106,6 +107,12 @@ class JudgeConfig:
             raise UsageError(
                 f"judge.base_url is {self.base_url}; begin with http://, e.g. http://127.0.0.1:8000"
             )
+        try:
+            _ = urlsplit(self.base_url or "").port  # which it reads only now
+        except ValueError as error:
+            raise UsageError(
+                f"judge.base_url is {self.base_url} ({error}); write it as http://127.0.0.1:8000"
+            ) from error
         if self.backend == "exact" and self.use_reference == "never":
             raise UsageError(
                 "judge.use_reference is never, and judge.backend exact compares with the "

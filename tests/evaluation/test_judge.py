@@ -455,6 +455,17 @@ def test_ollama_host(monkeypatch: pytest.MonkeyPatch, host: str, url: str) -> No
     assert default_base_url() == url
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:abc", "http://[::1"])
+def test_an_ollama_host_that_is_no_address(
+    judge: Runner, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    done = judge()
+    assert done.code == USAGE
+    assert f"OLLAMA_HOST is {host} (" in done.error
+    assert "write it as 127.0.0.1:11434" in done.error
+
+
 def test_a_server_that_dies(judge: Runner, tmp_path: Path) -> None:
     answered = []
 
@@ -620,6 +631,40 @@ def test_a_damaged_line(judge: Runner) -> None:
         assert "line 1: not a verdict" in judge(server).error
 
 
+def test_no_room_for_a_report(judge: Runner, tmp_path: Path) -> None:
+    (tmp_path / "summary.json.tmp").symlink_to("/dev/full")
+    full = judge(backend="exact")
+    assert full.code == BACKEND
+    assert "No space left on device; make room, what was written is kept" in full.error
+    (tmp_path / "summary.json.tmp").unlink()
+    again = judge(backend="exact")
+    assert "6 of 6 verdicts are in" in again.output
+
+
+def test_no_room_for_a_verdict(judge: Runner, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # bytes in a file
+    try:
+        with FakeOllama() as server:
+            full = judge(server)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert full.code == BACKEND
+    assert "File too large; make room, what was written is kept" in full.error
+    assert not (tmp_path / "summary.json").exists()
+    with FakeOllama() as server:
+        assert judge(server).summary["graded"] == 6
+    print(f"{6 - len(server.chats)} of 6 verdicts were kept")
+    assert 0 < len(server.chats) < 6
+
+
+def test_verdicts_that_cannot_be_read(judge: Runner, tmp_path: Path) -> None:
+    (tmp_path / "verdicts.jsonl").symlink_to("/proc/self/mem")
+    done = judge(backend="exact")
+    assert done.code == BACKEND
+    assert "verdicts.jsonl: Input/output error; `judge` writes it" in done.error
+
+
 def test_changed_responses_are_graded_anew(judge: Runner, responses: Path) -> None:
     with FakeOllama() as server:
         judge(server)
@@ -684,6 +729,8 @@ def test_broken_responses(judge: Runner, responses: Path, text: str, said: str) 
         ({"read_timeout_s": 0}, "judge.read_timeout_s is 0"),
         ({"seed": "x"}, "judge.seed: expected a whole number, got x"),
         ({"base_url": "127.0.0.1:8000"}, "begin with http://"),
+        ({"base_url": "http://[::1"}, "judge.base_url is http://[::1 (Invalid IPv6 URL); write"),
+        ({"base_url": "http://a:b"}, "judge.base_url is http://a:b (Port could not be cast"),
         ({"top_p": 0}, "judge.top_p is 0.0; use a value above 0"),
         ({"repetition_penalty": 0}, "judge.repetition_penalty is 0"),
         ({"backend": "openai"}, "judge.base_url: not given"),
