@@ -57,9 +57,9 @@ class JudgeConfig:
         concurrency: responses that are graded at the same time; on this machine one batch.
         dtype: of a judge model on this machine: two bytes a weight, four, or half a byte (nf4).
         read_timeout_s: seconds to wait for a server's reply; the first may have to load the model.
-        limit: grade only the first so many responses; null grades all.
-        max_excluded_fraction: with a larger part of the responses left without a grade, the run
-            fails, once the report is written.
+        limit: grade only the first so many responses, or pairs of two runs; null grades all.
+        max_excluded_fraction: with a larger part of the responses left without a grade, or of the
+            pairs without a choice, the run fails, once the report is written.
     """
 
     backend: Literal["none", "prometheus", "ollama", "openai", "exact"] = "none"
