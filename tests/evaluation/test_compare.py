@@ -89,6 +89,7 @@ def test_not_settled() -> None:
         ([1, -1] * 30, "not settled, the means are equal"),
         ([1], "not settled, about 19 more prompts would settle it"),
         ([1] * 19, "not settled, about 1 more prompts would settle it"),
+        ([0.1, 0.2, -0.3], "not settled, the means are equal"),
         ([1] * 20, "settled"),
         ([-0.5] * 20, "settled"),
     ],
