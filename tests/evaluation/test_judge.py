@@ -860,6 +860,7 @@ def test_predict_knows_whose_responses_it_has_graded(
     done = predict("--judge.backend=exact", f"--responses.path={tmp_path}/else/{FILE}")
     assert json.loads((tmp_path / "else" / "summary.json").read_text())["graded_model"] == "tiny"
     assert main(["judge", "--judge.backend=exact", f"--responses.path={tmp_path}/else/{FILE}"]) == 0
+    assert json.loads((tmp_path / "else" / "summary.json").read_text())["graded_model"] == "tiny"
     done = predict(f"--trainer.default_root_dir={tmp_path}/again")
     folder = tmp_path / "again" / "lightning_logs" / "version_0"
     assert main(["judge", "--judge.backend=exact", f"--responses.path={folder}/{FILE}"]) == 0
