@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from llama_lightning.errors import UsageError
 
             raise UsageError(f"unknown verb {given[0]}; verbs are {', '.join(NAMES)}")
-        with _signals_stop():
+        from llama_lightning.usage import plain_file_errors
+
+        with _signals_stop(), plain_file_errors():
             if given[0] in TRAINER_VERBS:
                 _run(given)
             else:
@@ -93,7 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     """Parse and run; turn the libraries' errors that a user can mend into one line."""
     import argparse
-    import errno
     import inspect
     import textwrap
     from pathlib import Path
@@ -103,7 +104,7 @@ def _run(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from llama_lightning.data.alpaca import AlpacaDataModule
-    from llama_lightning.errors import UsageError, UserError
+    from llama_lightning.errors import UsageError
     from llama_lightning.evaluation.callbacks import (
         JudgeCallback,
         ResponseWriter,
@@ -317,15 +318,6 @@ def _run(arguments: list[str]) -> None:
         raise UsageError(text) from error
     except ValueError as error:
         raise users_part(error) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = error.filename or "the file that was being written"
-            raise UserError(
-                f"{what}: {error.strerror}; make room, what was written is kept"
-            ) from error
-        if error.filename is None or error.strerror is None:
-            raise
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
 
 
 def _quiet_libraries() -> None:

@@ -72,7 +72,7 @@ class Generation(NamedTuple):
 class Response(NamedTuple):
     """One row of responses.jsonl."""
 
-    id: int
+    id: int | str  # a row number in what predict writes; other files may have names
     instruction: str
     input: str
     reference: str
@@ -87,7 +87,7 @@ class Verdict(NamedTuple):
 
     key: str  # a hash of all that decides the verdict: judge, prompt, parameters, sample
     judge: str
-    id: int
+    id: int | str
     sample: int
     status: str  # "graded", or in one word why there is no score
     score: int | None  # from 1 to 5; of two responses -1, 0 or 1: B's is worse, as good, better

@@ -5,7 +5,9 @@ parses, against the names it would accept, and its own errors are cut down to th
 reason.
 """
 
+import contextlib
 import difflib
+import errno
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -227,6 +229,30 @@ def plain_reason(text: str) -> str:
     if not wanted or value is None:
         return " ".join(text.split())
     return f"{'.'.join(keys)}: expected {' or '.join(dict.fromkeys(wanted))}, got {value[1]}"
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def plain_file_errors() -> Iterator[None]:
+    """Turn an error of the file system's into one line.
+
+    Raises:
+        UserError: there is no more room.
+        UsageError: a file that cannot be used.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            what = error.filename or "the file that was being written"
+            raise UserError(
+                f"{what}: {error.strerror}; make room, what was written is kept"
+            ) from error
+        if error.filename is None or error.strerror is None:
+            raise
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
 
 
 def users_part(error: BaseException) -> BaseException:

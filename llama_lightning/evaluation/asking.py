@@ -220,11 +220,16 @@ def ask_all(
 ) -> None:
     """Append a verdict on each question that has none yet; of equal questions one is asked.
 
+    What failed in an earlier run comes last and does not count as a failing judge: a few responses
+    on which a server always fails must not keep the rest from being graded.
+
     Raises:
         JudgeError: the judge cannot be reached any more; says how to go on.
     """
     unique = {question.key: question for question in questions}
     todo = [question for key, question in unique.items() if file.final(key) is None]
+    failed_before = {question.key for question in todo if question.key in file}
+    todo.sort(key=lambda question: question.key in failed_before)
     if len(todo) < len(unique):
         print(f"{len(unique) - len(todo)} of {len(unique)} verdicts are in {file.path} already")
     if stale := file.stale(set(unique)):
@@ -235,7 +240,10 @@ def ask_all(
     errors, bar = 0, Bar("judge", len(todo))
     try:
         for count, verdict in enumerate(_verdicts(judge, todo, file, concurrency), 1):
-            errors = errors + 1 if verdict.status == BACKEND_ERROR else 0
+            if verdict.status != BACKEND_ERROR:
+                errors = 0
+            elif verdict.key not in failed_before:
+                errors += 1
             if errors == MAX_ERRORS_IN_A_ROW:
                 raise JudgeError(
                     f"{judge.name} failed for {errors} responses in a row ({verdict.reason}); {how}"

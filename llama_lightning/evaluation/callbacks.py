@@ -16,6 +16,8 @@ from llama_lightning.errors import UsageError
 from llama_lightning.evaluation.grading import check_excluded, grade_file, open_judge
 from llama_lightning.evaluation.judge import JudgeConfig
 from llama_lightning.evaluation.scores import TextScores
+from llama_lightning.evaluation.self_preference import model_path
+from llama_lightning.evaluation.verdicts import write_whole
 from llama_lightning.records import Generation, Response
 
 
@@ -105,6 +107,8 @@ class ResponseWriter(Callback):
         if self._ranks == 1 and self.target.stat().st_size:
             # The answers of an earlier run stay readable until this one is through, and after.
             self.target.replace(self.target.with_name(self.target.name + ".previous"))
+        if trainer.is_global_zero:
+            model_path(self.target).unlink(missing_ok=True)
         self._file: TextIO = self._part(trainer.global_rank).open("w", encoding="utf-8")
         self._several = pl_module.generation.num_samples > 1  # type: ignore[operator, union-attr]
         pl_module.on_generation.append(self._write)  # type: ignore[operator, union-attr]
@@ -134,6 +138,8 @@ class ResponseWriter(Callback):
         temporary = self.target.with_name(self.target.name + ".tmp")
         temporary.write_text("".join(map(self._line, responses)), encoding="utf-8")
         temporary.replace(self.target)
+        if self.path is not None:  # else the run's config.yaml is beside it
+            write_whole(model_path(self.target), f"{pl_module.base_model}\n")
         if self._ranks > 1:
             for part in parts:
                 part.unlink()

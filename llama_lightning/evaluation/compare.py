@@ -59,7 +59,7 @@ def _pairs(a: JudgedRun, b: JudgedRun, rows_a: list[Graded], rows_b: list[Graded
 
 def _by_prompt(pairs: list[Pair], values: Iterable[int | None]) -> list[float]:
     """Compute a mean a prompt: the samples of one prompt are no prompts of their own."""
-    by_prompt: dict[int, list[int]] = {}
+    by_prompt: dict[int | str, list[int]] = {}
     for pair, value in zip(pairs, values, strict=True):
         if value is not None:
             by_prompt.setdefault(pair.a.response.id, []).append(value)
@@ -70,16 +70,26 @@ def _judge_pairwise(
     config: JudgeConfig, pairs: list[Pair], folder: Path, runs: list[Path]
 ) -> tuple[list[Pair], Comparison, Orders]:
     """Ask a judge for the better one of each pair and put what it says beside the pair."""
-    duels = judge_pairs(config, [(p.a.response, p.b.response) for p in pairs], folder, runs)
+    shown = pairs[: config.limit]
+    duels = judge_pairs(config, [(p.a.response, p.b.response) for p in shown], folder, runs)
     orders = count_orders(duels)
-    scores = _by_prompt(pairs, (duel.score for duel in duels))
+    scores = _by_prompt(shown, (duel.score for duel in duels))
     if not scores:
-        reasons = ", ".join(f"{count} {status}" for status, count in orders.excluded.items())
-        raise JudgeError(f"the judge chose between no pair: {reasons}")
-    prompts = {pair.a.response.id for pair in pairs}
+        raise JudgeError(f"the judge chose between no pair: {orders.reasons}")
+    prompts = {pair.a.response.id for pair in shown}
     comparison = compare_differences(scores, missing=len(prompts) - len(scores))
-    pairs = [pair._replace(duel=duel) for pair, duel in zip(pairs, duels, strict=True)]
-    return pairs, comparison, orders
+    shown = [pair._replace(duel=duel) for pair, duel in zip(shown, duels, strict=True)]
+    return shown + pairs[len(shown) :], comparison, orders
+
+
+def _check_excluded(config: JudgeConfig, orders: Orders) -> None:
+    missing = orders.excluded.total()
+    if missing > config.max_excluded_fraction * orders.pairs:
+        raise JudgeError(
+            f"{missing} of {orders.pairs} pairs have no choice ({orders.reasons}), more than "
+            f"judge.max_excluded_fraction {config.max_excluded_fraction:g} allows; {PAGE} is "
+            "written"
+        )
 
 
 def compare(
@@ -95,7 +105,8 @@ def compare(
             or by default, nobody is asked.
 
     Raises:
-        UserError: they cannot be compared.
+        UserError: they cannot be compared; or, once the page is written, too many pairs are left
+            without a choice.
     """
     run_a, run_b = open_run(a), open_run(b)
     _check_settings(run_a, run_b)
@@ -123,7 +134,7 @@ def compare(
     if comparison.left_out:
         facts.insert(-1, ("left out", comparison.left_out))
     folder = output or run_b.folder
-    said = str(comparison)
+    said, orders = str(comparison), None
     if config is not None and config.backend != "none":
         runs = [run_a.folder, run_b.folder]
         pairs, choices, orders = _judge_pairwise(config, pairs, folder, runs)
@@ -141,4 +152,6 @@ def compare(
     except OSError as error:
         raise UsageError(f"--output {folder} cannot be written ({error.strerror})") from error
     print(f"{said}\nboth responses to each prompt: {folder / PAGE}")
+    if config is not None and orders is not None:
+        _check_excluded(config, orders)
     return comparison

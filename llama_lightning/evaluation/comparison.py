@@ -92,7 +92,7 @@ def compare_differences(
     values, counts = np.unique(np.round(differences, 9), return_counts=True)
     low, high = bootstrap_interval(counts.tolist(), values=values.tolist())
     difference, pairs = mean(differences), len(differences)
-    if difference == 0:
+    if abs(difference) < 1e-9:  # a sum of fractions that is 0 but for rounding
         more = None
     elif pairs >= FEWEST_PAIRS and (low > 0 or high < 0):
         more = 0

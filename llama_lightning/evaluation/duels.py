@@ -55,13 +55,19 @@ class Orders(NamedTuple):
     """How far the order of the two decided."""
 
     judge: str  # its full name; empty where nobody was asked
-    asked: int
+    pairs: int
+    asked: int  # of them with a choice in both orders
     agreed: int
     excluded: Counter[str]  # pairs without a choice in both orders, by status
 
+    @property
+    def reasons(self) -> str:
+        """Write which pairs are left without a choice, by status."""
+        return ", ".join(f"{count} {status}" for status, count in self.excluded.items())
+
     def __str__(self) -> str:
         share = f" ({self.agreed / self.asked:.0%})" if self.asked else ""
-        reasons = "".join(f", {count} {status}" for status, count in self.excluded.items())
+        reasons = f", {self.reasons}" if self.excluded else ""
         return f"both orders agree on {self.agreed} of {self.asked} pairs{share}{reasons}"
 
 
@@ -69,6 +75,7 @@ def count_orders(duels: Sequence[Duel]) -> Orders:
     """Count how often the order of the two made no difference."""
     return Orders(
         judge=next((duel.a_first.judge for duel in duels if duel is not SAME_WORDS), ""),
+        pairs=len(duels),
         asked=sum(duel.asked for duel in duels),
         agreed=sum(duel.agrees for duel in duels),
         excluded=Counter(duel.status for duel in duels if duel.status),

@@ -105,7 +105,7 @@ def grade_file(config: JudgeConfig, path: Path, graded_model: str = "") -> Summa
     Args:
         config: the judge.
         path: the responses.
-        graded_model: whose they are; by default as predict's config.yaml beside them says.
+        graded_model: whose they are; by default as what predict left beside them says.
 
     Raises:
         UserError: something is missing, or the judge is not there any more.

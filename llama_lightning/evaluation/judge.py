@@ -7,6 +7,7 @@ exact.py.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from llama_lightning.errors import UsageError
 from llama_lightning.evaluation.prompts import JudgePrompt
@@ -56,9 +57,9 @@ class JudgeConfig:
         concurrency: responses that are graded at the same time; on this machine one batch.
         dtype: of a judge model on this machine: two bytes a weight, four, or half a byte (nf4).
         read_timeout_s: seconds to wait for a server's reply; the first may have to load the model.
-        limit: grade only the first so many responses; null grades all.
-        max_excluded_fraction: with a larger part of the responses left without a grade, the run
-            fails, once the report is written.
+        limit: grade only the first so many responses, or pairs of two runs; null grades all.
+        max_excluded_fraction: with a larger part of the responses left without a grade, or of the
+            pairs without a choice, the run fails, once the report is written.
     """
 
     backend: Literal["none", "prometheus", "ollama", "openai", "exact"] = "none"
@@ -106,6 +107,12 @@ class JudgeConfig:
             raise UsageError(
                 f"judge.base_url is {self.base_url}; begin with http://, e.g. http://127.0.0.1:8000"
             )
+        try:
+            _ = urlsplit(self.base_url or "").port  # which it reads only now
+        except ValueError as error:
+            raise UsageError(
+                f"judge.base_url is {self.base_url} ({error}); write it as http://127.0.0.1:8000"
+            ) from error
         if self.backend == "exact" and self.use_reference == "never":
             raise UsageError(
                 "judge.use_reference is never, and judge.backend exact compares with the "

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from llama_lightning.errors import JudgeError
+from llama_lightning.errors import JudgeError, UsageError
 from llama_lightning.evaluation.context import looks_cut, says_too_long
 from llama_lightning.evaluation.http_json import ReadLimit, Refused, call_json
 from llama_lightning.evaluation.judge import JudgeConfig, Reply, Request, RequestFailed, TooLong
@@ -27,10 +27,17 @@ ABOUT_SCHEMA = re.compile("format|grammar|schema", re.IGNORECASE)
 
 
 def default_base_url() -> str:
-    """Read OLLAMA_HOST as Ollama's own client does."""
+    """Read OLLAMA_HOST as Ollama's own client does.
+
+    Raises:
+        UsageError: it is no address.
+    """
     host = os.environ.get("OLLAMA_HOST", "").strip() or "127.0.0.1"
-    parts = urlsplit(host if "://" in host else f"http://{host}")
-    port = parts.port or (11434 if "://" not in host else None)
+    try:
+        parts = urlsplit(host if "://" in host else f"http://{host}")
+        port = parts.port or (11434 if "://" not in host else None)
+    except ValueError as error:
+        raise UsageError(f"OLLAMA_HOST is {host} ({error}); write it as 127.0.0.1:11434") from error
     name = "127.0.0.1" if parts.hostname in (None, "0.0.0.0") else parts.hostname
     return f"{parts.scheme}://{name}" + (f":{port}" if port else "")
 

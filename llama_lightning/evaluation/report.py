@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +69,7 @@ class Summary(NamedTuple):
     total: int
     graded: int
     excluded: dict[str, int]  # by status
-    mean: float | None
+    mean: float | None  # of the prompts' means, where prompts have several responses
     interval_95: tuple[float, float] | None
     histogram: dict[int, int]
     mean_if_excluded_were_1: float
@@ -154,29 +155,40 @@ class Summary(NamedTuple):
         return f"{self.interval}, n={self.graded} of {self.total}{reasons}"
 
 
+def _prompt_means(graded: Sequence[Graded], excluded: int | None = None) -> list[float]:
+    """Compute a mean a prompt: samples of one prompt are no independent grades.
+
+    Args:
+        graded: the responses.
+        excluded: what a response without a grade counts as; None leaves it out.
+    """
+    prompts: dict[int | str, list[int]] = {}
+    for response, verdict in graded:
+        score = excluded if verdict.score is None else verdict.score
+        if score is not None:
+            prompts.setdefault(response.id, []).append(score)
+    return [fmean(scores) for scores in prompts.values()]
+
+
 def summarise(graded: Sequence[Graded], settings: Settings, graded_model: str = "") -> Summary:
     """Add up the verdicts, one a response."""
     scored = [(len(r.response), v.score) for r, v in graded if v.score is not None]
     scores = [score for _, score in scored]
-    # Samples of one prompt are no independent grades: what is drawn again are prompts.
-    prompts: dict[int, list[int]] = {}
-    for response, verdict in graded:
-        if verdict.score is not None:
-            prompts.setdefault(response.id, []).append(verdict.score)
-    means = Counter(sum(s) / len(s) for s in prompts.values())
+    # What is drawn again are prompts, so the mean is that of the prompts too.
+    means = _prompt_means(graded)
+    counts = Counter(means)
     histogram = {level: scores.count(level) for level in LEVELS}
     excluded = Counter(verdict.status for _, verdict in graded if verdict.score is None)
-    missing, total = len(graded) - len(scores), len(graded)
     return Summary(
         settings=settings,
-        total=total,
+        total=len(graded),
         graded=len(scores),
         excluded=dict(excluded.most_common()),
-        mean=sum(scores) / len(scores) if scores else None,
-        interval_95=bootstrap_interval([*means.values()], values=[*means]) if scores else None,
+        mean=fmean(means) if means else None,
+        interval_95=bootstrap_interval([*counts.values()], values=[*counts]) if counts else None,
         histogram=histogram,
-        mean_if_excluded_were_1=(sum(scores) + missing) / total,
-        mean_if_excluded_were_5=(sum(scores) + 5 * missing) / total,
+        mean_if_excluded_were_1=fmean(_prompt_means(graded, 1)),
+        mean_if_excluded_were_5=fmean(_prompt_means(graded, 5)),
         length_correlation=rank_correlation([length for length, _ in scored], scores),
         unique=len({verdict.key for _, verdict in graded}),
         graded_model=graded_model,

@@ -38,16 +38,31 @@ def _rows(path: Path) -> list[Any]:
     return rows
 
 
+def _named(row: dict[str, Any], number: int, where: str) -> tuple[int | str, int]:
+    """Read by which id and sample a response is known."""
+    name = row.get("id")
+    name, sample = number if name is None else name, row.get("sample", 0)
+    # True and 1.0 are equal to 1, and would be taken for it.
+    if type(name) not in (int, str):
+        raise DataError(f"{where}: id is {name!r}; use a whole number or a text")
+    if type(sample) is not int:
+        raise DataError(f"{where}: sample is {sample!r}; use a whole number")
+    return name, sample
+
+
 def read_responses(path: Path) -> list[Response]:
     """Read responses; `reference` may be called `output`, ids default to row numbers.
 
     Raises:
-        DataError: no such file, not JSON, a row without instruction or response, no rows.
+        DataError: no such file, not JSON, a row without instruction or response, an id and sample
+            that two rows have, no rows.
     """
     responses = []
+    numbers: dict[tuple[int | str, int], int] = {}
     for number, row in enumerate(_rows(path)):
+        where = f"responses.path: {path}, row {number}"
         if not isinstance(row, dict):
-            raise DataError(f"responses.path: {path}, row {number} is not a record")
+            raise DataError(f"{where} is not a record")
         texts: dict[str, Any] = {
             "instruction": row.get("instruction"),
             "input": row.get("input") or "",
@@ -56,13 +71,20 @@ def read_responses(path: Path) -> list[Response]:
         }
         for name, text in texts.items():
             if not isinstance(text, str):
-                raise DataError(f"responses.path: {path}, row {number}: no text {name!r}")
+                raise DataError(f"{where}: no text {name!r}")
+        id_, sample = _named(row, number, where)
+        before = numbers.setdefault((id_, sample), number)
+        if before != number:
+            raise DataError(
+                f"{where} has the id {id_!r} and sample {sample} of row {before}; give each "
+                "prompt an id of its own, and several responses to one prompt a sample: 0, 1 ..."
+            )
         responses.append(
             Response(
-                id=row.get("id", number),
+                id=id_,
                 num_tokens=row.get("num_tokens", 0),
                 finish_reason=row.get("finish_reason", ""),
-                sample=row.get("sample", 0),
+                sample=sample,
                 **texts,
             )
         )

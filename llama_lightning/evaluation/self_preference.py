@@ -4,6 +4,7 @@ It goes by names alone, and says nothing where it knows none.
 Source: Panickssery et al., LLM Evaluators Recognize and Favor Their Own Generations (2024).
 """
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -12,12 +13,21 @@ import yaml
 FAMILIES = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi", "deepseek", "gpt", "claude")
 
 
+def model_path(responses: Path) -> Path:
+    """Name the file that says whose responses another holds."""
+    return responses.with_suffix(".model.txt")
+
+
 def model_beside(responses: Path) -> str:
-    """Read whose responses these are from the config.yaml that predict leaves beside them.
+    """Read whose responses these are from what predict leaves beside them.
+
+    That is the run's config.yaml, or `model_path` where the responses go to another folder.
 
     Returns:
         What model.base_model was; empty where there is no such file.
     """
+    with contextlib.suppress(OSError, ValueError):
+        return model_path(responses).read_text(encoding="utf-8").strip()
     try:
         config = yaml.safe_load((responses.parent / "config.yaml").read_text(encoding="utf-8"))
         model = config["model"]

@@ -36,7 +36,12 @@ def _parse(path: Path, lines: list[bytes]) -> Iterator[Verdict]:
 
 def _whole_lines(path: Path) -> list[bytes]:
     """Split at the line ends; what is behind the last one was being written when it was killed."""
-    return path.read_bytes().split(b"\n")[:-1]
+    try:
+        return path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise JudgeError(
+            f"{path}: {error.strerror}; `judge` writes it, anew if it is moved away"
+        ) from error
 
 
 def read_verdicts(path: Path) -> dict[str, Verdict]:
@@ -45,11 +50,7 @@ def read_verdicts(path: Path) -> dict[str, Verdict]:
     Raises:
         JudgeError: no such file, or a row that is not a verdict.
     """
-    try:
-        lines = _whole_lines(path)
-    except OSError as error:
-        raise JudgeError(f"{path}: {error.strerror}; `judge` writes it") from error
-    return {row.key: row for row in _parse(path, lines)}
+    return {row.key: row for row in _parse(path, _whole_lines(path))}
 
 
 def settings_path(path: Path) -> Path:
@@ -67,7 +68,7 @@ def check_settings(path: Path, settings: Mapping[str, Any], cure: str) -> None:
 
     Raises:
         UsageError: names the first setting that differs.
-        JudgeError: a row that is not a verdict.
+        JudgeError: the file cannot be read, or a row is not a verdict.
     """
     lines = _whole_lines(path) if path.is_file() else []
     if not lines:
@@ -118,6 +119,10 @@ class VerdictFile:
         """Find the verdict that need not be asked for again."""
         row = self._rows.get(key)
         return None if row is None or row.status == BACKEND_ERROR else row
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a row, final or not."""
+        return key in self._rows
 
     def __getitem__(self, key: str) -> Verdict:
         return self._rows[key]

@@ -89,6 +89,7 @@ def test_not_settled() -> None:
         ([1, -1] * 30, "not settled, the means are equal"),
         ([1], "not settled, about 19 more prompts would settle it"),
         ([1] * 19, "not settled, about 1 more prompts would settle it"),
+        ([0.1, 0.2, -0.3], "not settled, the means are equal"),
         ([1] * 20, "settled"),
         ([-0.5] * 20, "settled"),
     ],
@@ -420,3 +421,29 @@ def test_pairs_without_a_choice(say: Say, judged: Callable[..., None]) -> None:
         code, said = say("compare", "a", "b", *keys)
     assert code == FILES
     assert "the judge chose between no pair: 3 unparsed" in said
+
+
+def test_only_the_first_pairs_are_shown_to_a_judge(say: Say, two_runs: None) -> None:
+    code, said = say("compare", "a", "b", "--judge.backend=exact", "--judge.limit=6")
+    print(said)
+    assert code == 0
+    assert "n=30 pairs, 10 wins 20 ties 0 losses: settled" in said
+    assert "n=6 pairs, 2 wins 2 ties 2 losses: not settled" in said
+    assert len(Path("b/pairwise.jsonl").read_text().splitlines()) == 2 * 4
+
+
+def test_too_many_pairs_without_a_choice(
+    say: Say, two_runs: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def often_vague(body: dict[str, Any]) -> Words:
+        return Words("Fine.") if "Say 0." in body["messages"][1]["content"] else longer_wins(body)
+
+    with FakeOllama(often_vague) as server:
+        keys = ("--judge.backend=ollama", f"--judge.base_url={server.url}")
+        assert say("compare", "a", "b", *keys)[0] == 0
+        Path("b/compare.html").unlink()
+        code = main(["compare", "a", "b", *keys, "--judge.max_excluded_fraction=0.03"])
+    printed = capfd.readouterr()
+    assert code == FILES
+    assert "1 of 30 pairs have no choice (1 unparsed), more than" in printed.err
+    assert Path("b/compare.html").is_file()

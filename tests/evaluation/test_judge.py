@@ -289,6 +289,11 @@ def test_a_list_of_records(judge: Runner, responses: Path) -> None:
     assert "<reference_answer>\nx\n" in server.chats[0]["messages"][1]["content"]
 
 
+def test_names_of_rows(judge: Runner, responses: Path) -> None:
+    write(responses, [record(i, id=name) for i, name in enumerate([None, "q", 7, "1"])])
+    assert [v["id"] for v in judge(backend="exact").verdicts] == [0, "q", 7, "1"]
+
+
 def test_equal_responses_are_graded_once(judge: Runner, responses: Path) -> None:
     write(responses, [record(i, instruction="Q", reference="a", response="b") for i in range(4)])
     with FakeOllama() as server:
@@ -513,6 +518,17 @@ def test_ollama_host(monkeypatch: pytest.MonkeyPatch, host: str, url: str) -> No
     assert default_base_url() == url
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:abc", "http://[::1"])
+def test_an_ollama_host_that_is_no_address(
+    judge: Runner, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    done = judge()
+    assert done.code == USAGE
+    assert f"OLLAMA_HOST is {host} (" in done.error
+    assert "write it as 127.0.0.1:11434" in done.error
+
+
 def test_a_server_that_dies(judge: Runner, tmp_path: Path) -> None:
     answered = []
 
@@ -544,6 +560,22 @@ def test_a_server_that_fails_each_time(judge: Runner) -> None:
     assert done.code == BACKEND
     assert "failed for 3 responses in a row (HTTP 500: CUDA out of memory)" in done.error
     assert 3 * 4 <= len(server.chats) <= 4 * 4  # the next was on its way
+
+
+def test_responses_that_always_fail_do_not_hold_up_the_rest(judge: Runner, responses: Path) -> None:
+    write(responses, [record(i, response="bad" if i < 4 else "good") for i in range(12)])
+
+    def brain(body: dict[str, Any]) -> Words | Fault:
+        return Fault(500, "no") if graded_text(body) == "bad" else Words("[RESULT] 4")
+
+    with FakeOllama(brain) as server:
+        first = judge(server)
+        assert "failed for 3 responses in a row" in first.error
+        second = judge(server, max_excluded_fraction=0.5)
+        third = judge(server, max_excluded_fraction=0.5)  # of a run that is through
+    for run in (second, third):
+        assert run.code == 0
+        assert (run.summary["graded"], run.summary["excluded"]) == (8, {"backend_error": 4})
 
 
 def test_several_at_a_time(judge: Runner, responses: Path) -> None:
@@ -662,6 +694,40 @@ def test_a_damaged_line(judge: Runner) -> None:
         assert "line 1: not a verdict" in judge(server).error
 
 
+def test_no_room_for_a_report(judge: Runner, tmp_path: Path) -> None:
+    (tmp_path / "summary.json.tmp").symlink_to("/dev/full")
+    full = judge(backend="exact")
+    assert full.code == BACKEND
+    assert "No space left on device; make room, what was written is kept" in full.error
+    (tmp_path / "summary.json.tmp").unlink()
+    again = judge(backend="exact")
+    assert "6 of 6 verdicts are in" in again.output
+
+
+def test_no_room_for_a_verdict(judge: Runner, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # bytes in a file
+    try:
+        with FakeOllama() as server:
+            full = judge(server)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert full.code == BACKEND
+    assert "File too large; make room, what was written is kept" in full.error
+    assert not (tmp_path / "summary.json").exists()
+    with FakeOllama() as server:
+        assert judge(server).summary["graded"] == 6
+    print(f"{6 - len(server.chats)} of 6 verdicts were kept")
+    assert 0 < len(server.chats) < 6
+
+
+def test_verdicts_that_cannot_be_read(judge: Runner, tmp_path: Path) -> None:
+    (tmp_path / "verdicts.jsonl").symlink_to("/proc/self/mem")
+    done = judge(backend="exact")
+    assert done.code == BACKEND
+    assert "verdicts.jsonl: Input/output error; `judge` writes it" in done.error
+
+
 def test_changed_responses_are_graded_anew(judge: Runner, responses: Path) -> None:
     with FakeOllama() as server:
         judge(server)
@@ -694,6 +760,18 @@ def test_two_judges_are_not_mixed(judge: Runner) -> None:
         ('{"instruction": "a", "response": "b"}\n{"instr', "line 2 is not JSON"),
         ('{"instruction": "a"}\n', "row 0: no text 'response'"),
         ('{"instruction": "a", "response": 3}\n', "row 0: no text 'response'"),
+        ('{"instruction": "a", "response": "b", "id": true}\n', "row 0: id is True; use a whole"),
+        ('{"instruction": "a", "response": "b", "id": 1.0}\n', "row 0: id is 1.0; use a whole"),
+        ('{"instruction": "a", "response": "b", "id": [1]}\n', "row 0: id is [1]; use a whole"),
+        ('{"instruction": "a", "response": "b", "sample": "x"}\n', "row 0: sample is 'x'; use a"),
+        (
+            '{"instruction": "a", "response": "b", "id": "q"}\n' * 2,
+            "row 1 has the id 'q' and sample 0 of row 0; give each prompt an id of its own",
+        ),
+        (
+            '[{"instruction": "a", "response": "b", "id": 1}, {"instruction": "", "response": ""}]',
+            "row 1 has the id 1 and sample 0 of row 0",
+        ),
     ],
 )
 def test_broken_responses(judge: Runner, responses: Path, text: str, said: str) -> None:
@@ -714,6 +792,8 @@ def test_broken_responses(judge: Runner, responses: Path, text: str, said: str) 
         ({"read_timeout_s": 0}, "judge.read_timeout_s is 0"),
         ({"seed": "x"}, "judge.seed: expected a whole number, got x"),
         ({"base_url": "127.0.0.1:8000"}, "begin with http://"),
+        ({"base_url": "http://[::1"}, "judge.base_url is http://[::1 (Invalid IPv6 URL); write"),
+        ({"base_url": "http://a:b"}, "judge.base_url is http://a:b (Port could not be cast"),
         ({"top_p": 0}, "judge.top_p is 0.0; use a value above 0"),
         ({"repetition_penalty": 0}, "judge.repetition_penalty is 0"),
         ({"backend": "openai"}, "judge.base_url: not given"),
@@ -843,6 +923,7 @@ def test_predict_knows_whose_responses_it_has_graded(
     done = predict("--judge.backend=exact", f"--responses.path={tmp_path}/else/{FILE}")
     assert json.loads((tmp_path / "else" / "summary.json").read_text())["graded_model"] == "tiny"
     assert main(["judge", "--judge.backend=exact", f"--responses.path={tmp_path}/else/{FILE}"]) == 0
+    assert json.loads((tmp_path / "else" / "summary.json").read_text())["graded_model"] == "tiny"
     done = predict(f"--trainer.default_root_dir={tmp_path}/again")
     folder = tmp_path / "again" / "lightning_logs" / "version_0"
     assert main(["judge", "--judge.backend=exact", f"--responses.path={folder}/{FILE}"]) == 0

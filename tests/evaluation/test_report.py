@@ -103,3 +103,26 @@ def test_samples_of_a_prompt_are_no_independent_grades() -> None:
     one, three = (summarise(of_ten_prompts(samples), SETTINGS) for samples in (1, 3))
     assert one.mean == three.mean == 3
     assert one.interval_95 == three.interval_95
+
+
+def test_the_mean_is_that_of_the_interval() -> None:
+    # Of one prompt all four samples have a grade, of the others one.
+    scores: dict[int, list[int | None]] = {0: [1, 1, 1, 1]}
+    scores |= {i: [5, None, None, None] for i in range(1, 4)}
+    summary = summarise(
+        [
+            Graded(
+                Response(i, "", "", "", "x", 1, "stop", sample),
+                Verdict("", "exact", i, sample, "graded" if score else "unparsed", score, "", ""),
+            )
+            for i, samples in scores.items()
+            for sample, score in enumerate(samples)
+        ],
+        SETTINGS,
+    )
+    print(summary)
+    assert summary.mean == (1 + 5 + 5 + 5) / 4
+    assert isinstance(summary.mean, float)
+    assert summary.mean_if_excluded_were_1 == (1 + 2 + 2 + 2) / 4
+    assert summary.mean_if_excluded_were_5 == 4
+    assert summary.histogram == {1: 4, 2: 0, 3: 0, 4: 0, 5: 3}
