@@ -102,6 +102,7 @@ def _run(arguments: list[str]) -> None:
     import lightning.pytorch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from torch import distributed
 
     from llama_lightning.data.alpaca import AlpacaDataModule
     from llama_lightning.errors import UsageError
@@ -308,6 +309,10 @@ def _run(arguments: list[str]) -> None:
             },
             args=arguments,
         )
+        if distributed.is_available() and distributed.is_initialized():
+            # Lightning leaves gloo's threads to the end of the process, which may abort on them.
+            distributed.barrier()
+            distributed.destroy_process_group()
     except argparse.ArgumentError as error:
         inner = users_part(error)
         raise (UsageError(plain_reason(str(error))) if inner is error else inner) from error
