@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llama_lightning.records import IGNORE_INDEX
 
-# Positions whose logits are in memory at a time. With the 1B shape's frozen head 128 take 0.46 GiB
-# for any number of positions, 512 at once 0.74 and 1,024 at once 1.9, in the same CPU time; 64 are
-# 10 % slower (2 cores of an Intel Xeon). torch 2.13's linear_cross_entropy took 5 times as long in
-# chunks of its own choice. A GPU reads the head's weights once a chunk: by arithmetic, below some
-# 300 positions it would wait for them.
-CPU_CHUNK, GPU_CHUNK = 128, 512
+# Positions whose logits are in memory at a time. With a frozen head 256 take 0.15 GiB at the 1B
+# shape's vocabulary, however many there are, and no more CPU time than all at once. A GPU reads the
+# head's weights once a chunk: by arithmetic, below some 300 positions it would wait for them. Each
+# further chunk of a trained head means a sum of its gradients in fp32, which is larger than logits.
+# torch 2.13's linear_cross_entropy took 5 times as long in chunks of its own choice (all on 2 cores
+# of an Intel Xeon).
+CPU_CHUNK, GPU_CHUNK, TRAINED_CHUNK = 256, 512, 1024
+# Of those, positions whose softmax is computed at a time on a CPU: what it needs stays in the
+# cache, and the loss of 264 positions takes 0.9 of the CPU time with a frozen head of width 2,048,
+# and 0.6 with a trained one of 512 (the same cores). A GPU would wait for the launches.
+CPU_ROWS = 16
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -27,24 +31,43 @@ def supervised_positions(labels: Tensor) -> Tensor:
     return (labels != IGNORE_INDEX).nonzero().squeeze(1)
 
 
-def _chunks(hidden_LD: Tensor, targets_L: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(
+    hidden_LD: Tensor, targets_L: Tensor, *, trained: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     size = CPU_CHUNK if hidden_LD.device.type == "cpu" else GPU_CHUNK
+    size = TRAINED_CHUNK if trained else size
     return zip(torch.split(hidden_LD, size), torch.split(targets_L, size), strict=True)
 
 
-def _logits(hidden: Tensor, lm_head: nn.Module) -> Tensor:
-    """Apply the head; (.., V) in fp32 at least."""
-    logits: Tensor = lm_head(hidden)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _rows(logits_LV: Tensor, targets_L: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    size = CPU_ROWS if logits_LV.device.type == "cpu" else len(logits_LV)
+    return zip(torch.split(logits_LV, size), torch.split(targets_L, size), strict=True)
+
+
+def _log_probabilities(logits_LV: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return logits_LV.log_softmax(-1, torch.promote_types(logits_LV.dtype, torch.float32))
+
+
+def _loss_into_gradient(logits_LV: Tensor, targets_L: Tensor) -> Tensor:
+    """Sum the losses, and put the sum's gradient in the place of the logits."""
+    losses = []
+    for logits, targets in _rows(logits_LV, targets_L):
+        gradient = _log_probabilities(logits)
+        losses.append(-gradient.gather(1, targets[:, None]).sum())
+        gradient.exp_()[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+        logits.copy_(gradient)
+    return torch.stack(losses).sum()
 
 
 def _add(sums: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
-    """Add in place, in fp32 at least; without sums yet, the terms are their beginning."""
+    """Add in fp32 at least; without sums yet, the terms are their beginning."""
     if not sums:
-        return [term.to(torch.promote_types(term.dtype, torch.float32)) for term in terms]
-    for total, term in zip(sums, terms, strict=True):
-        total += term
-    return sums
+        return terms
+    wide = [torch.promote_types(total.dtype, torch.float32) for total in sums]
+    return [
+        total.to(dtype).add_(term) for total, dtype, term in zip(sums, wide, terms, strict=True)
+    ]
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -57,15 +80,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
         losses: list[Tensor] = []
         of_hidden: list[Tensor] = []
         of_weights: list[Tensor] = []
-        for hidden, targets in _chunks(hidden_LD, targets_L):
+        for hidden, targets in _chunks(hidden_LD, targets_L, trained=bool(weights)):
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()
-                loss = F.cross_entropy(_logits(hidden, lm_head), targets, reduction="sum")
-            gradients = list(torch.autograd.grad(loss, [hidden, *weights]))
-            losses.append(loss.detach())
+                logits: Tensor = lm_head(hidden)
+            # The gradient takes the logits' place, which saves two copies in fp32: a linear layer
+            # needs what went in, not what came out.
+            gradient = logits.detach()
+            losses.append(_loss_into_gradient(gradient, targets))
+            gradients = list(torch.autograd.grad(logits, [hidden, *weights], gradient))
             of_hidden.append(gradients.pop(0))
             of_weights = _add(of_weights, gradients)
-            del loss, gradients  # large, and not needed while the next are made
+            del logits, gradient, gradients  # large, and not needed while the next are made
         stored = (total.to(weight.dtype) for total, weight in zip(of_weights, weights, strict=True))
         ctx.save_for_backward(torch.cat(of_hidden), *stored)
         return torch.stack(losses).sum()
@@ -73,7 +99,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
-        return None, None, *(gradient * factor for gradient in ctx.saved_tensors)
+        of_hidden, *of_weights = ctx.saved_tensors
+        # In place: of a trained head, a copy would be as large as the head.
+        return None, None, of_hidden * factor, *(total.mul_(factor) for total in of_weights)
 
 
 def summed_cross_entropy(hidden_LD: Tensor, targets_L: Tensor, lm_head: nn.Module) -> Tensor:
@@ -101,7 +129,8 @@ def loss_and_hits(
     """Sum the losses, and count the targets that are the likeliest token. Arguments as above."""
     losses, hits = [], []
     for hidden, targets in _chunks(hidden_LD, targets_L):
-        logits = _logits(hidden, lm_head)
-        losses.append(F.cross_entropy(logits, targets, reduction="sum"))
-        hits.append((logits.argmax(-1) == targets).sum())
+        for logits, goals in _rows(lm_head(hidden), targets):
+            picked = _log_probabilities(logits).gather(1, goals[:, None])
+            losses.append(-picked.sum())
+            hits.append((logits.argmax(-1) == goals).sum())
     return torch.stack(losses).sum(), torch.stack(hits).sum()

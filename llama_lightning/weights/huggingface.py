@@ -71,10 +71,16 @@ def _tensors(files: list[Path]) -> Iterator[NamedTensor]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue  # old exports hold it; it is a function of the config
-                    yield NamedTensor(name, f"{file}: {name}", shard.get_tensor(name))
+                names = list(shard.keys())
+            for name in names:
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue  # old exports hold it; it is a function of the config
+                # Opened anew each time: what was read stays mapped, and counts as memory of the
+                # process, until the file is closed.
+                with safe_open(file, framework="pt") as shard:
+                    tensor = shard.get_tensor(name)
+                yield NamedTensor(name, f"{file}: {name}", tensor)
+                del tensor
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{file}: damaged or cut ({error}); it has {file.stat().st_size:,} bytes, "
