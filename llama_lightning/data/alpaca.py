@@ -28,10 +28,10 @@ from llama_lightning.data.loaders import Loaders
 from llama_lightning.data.parts import Part, Parts, divide
 from llama_lightning.data.rows import Row, check_columns
 from llama_lightning.data.sources import Source, check_weights, local_file
-from llama_lightning.data.templates import TEMPLATES, TemplateName
+from llama_lightning.data.templates import END_OF_TURN, TEMPLATES, TemplateName
 from llama_lightning.data.token_file import Examples
 from llama_lightning.data.tokenizer import Tokenizer
-from llama_lightning.data.tokenizer_files import text_side
+from llama_lightning.data.tokenizer_files import ends_turns, text_side
 from llama_lightning.errors import UsageError
 from llama_lightning.records import Batch, PromptBatch, TextSide
 
@@ -92,12 +92,9 @@ class AlpacaDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, fraction in {
-            "val_fraction": val_fraction,
-            "test_fraction": test_fraction,
-        }.items():
+        for part, fraction in (("val", val_fraction), ("test", test_fraction)):
             if not 0.0 <= fraction < 1.0:
-                raise UsageError(f"data.{name} is {fraction}; use a value in [0, 1)")
+                raise UsageError(f"data.{part}_fraction is {fraction}; use a value in [0, 1)")
         sizes = (max_seq_len, batch_size, eval_batch_size, num_workers)
         for (name, least), size in zip(LEAST.items(), sizes, strict=True):
             if size is not None and size < least:
@@ -114,6 +111,7 @@ class AlpacaDataModule(LightningDataModule):
         self.columns = columns
         self.given_tokenizer = str(TINY) if tokenizer == "tiny" else tokenizer
         self.tokenizer_path = Path(self.given_tokenizer or base_folder or TINY)
+        self.base_folder = Path(base_folder or self.tokenizer_path)
         self.template_name: TemplateName = template
         self.template = TEMPLATES[template]
         self.train_on_prompt = train_on_prompt
@@ -177,6 +175,12 @@ class AlpacaDataModule(LightningDataModule):
         """Read, split and tokenise what the stage ("fit", "validate", "test", "predict") needs."""
         if stage == "fit":
             self.loaders.check_step()
+            if self.template.takes_chats and not ends_turns(self.base_folder, self.tokenizer):
+                rank_zero_info(
+                    f"warning: data.template {self.template_name}: by generation_config.json the "
+                    f"base does not stop at {END_OF_TURN}, so it has not learnt the chat tokens; "
+                    "use an Instruct model or another data.template"
+                )
         if stage == "predict" and (path := self.predict_path or self.test_path):
             file = local_file(path, rank_zero_info)
             need_output = not self.predict_path

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_lightning.data.templates import Template
+from llama_lightning.data.templates import END_OF_TURN, Template
 from llama_lightning.data.tokenizer import (
     BEGIN_OF_TEXT,
     END_OF_TEXT,
@@ -162,3 +162,16 @@ def text_side(tokenizer: Tokenizer, path: Path, template: Template) -> TextSide:
         stops=[texts[token] for token in tokenizer.stop_ids],
         ollama_template=template.ollama,
     )
+
+
+def ends_turns(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Say whether a base has learnt to end its turn; one whose folder does not tell is believed.
+
+    Base models have the chat tokens too, untrained: generation_config.json stops at another.
+    """
+    try:
+        path = folder / "generation_config.json"
+        stops = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return tokenizer.special_ids.get(END_OF_TURN) in (stops if isinstance(stops, list) else [stops])
