@@ -171,6 +171,40 @@ class AlpacaDataModule(LightningDataModule):
 
     # Files to parts
 
+    def _corpus(self, weights: Mapping[str, float]) -> Corpus:
+        """Find files, fetched from the hub if need be, and tokenise them."""
+        sources = [
+            Source(given, local_file(given, rank_zero_info), weight)
+            for given, weight in weights.items()
+        ]
+        return Corpus(sources, self.encoding)
+
+    def _parts(self) -> Parts:
+        corpus = self._corpus(self.weights)
+        self._files = corpus.digest
+        val, test = (
+            self._corpus({path: 1.0}) if path else None for path in (self.val_path, self.test_path)
+        )
+        parts = divide(
+            corpus,
+            val=val,
+            test=test,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.seed,
+        )
+        if parts.num_left_out:
+            rank_zero_info(
+                f"data: {parts.num_left_out} training records left out, "
+                "their prompts are in the validation or test data"
+            )
+        return parts
+
+    def _examples(self, part: Part) -> Examples:
+        examples = part.examples()
+        rank_zero_info(f"data: {part.summary(examples)}")
+        return examples
+
     def setup(self, stage: str) -> None:
         """Read, split and tokenise what the stage ("fit", "validate", "test", "predict") needs."""
         if stage == "fit":
@@ -209,40 +243,6 @@ class AlpacaDataModule(LightningDataModule):
     def val_rows(self) -> list[Row]:
         """The validation records as text, read when they are asked for."""
         return self._val.rows() if self._val else []
-
-    def _corpus(self, weights: Mapping[str, float]) -> Corpus:
-        """Find files, fetched from the hub if need be, and tokenise them."""
-        sources = [
-            Source(given, local_file(given, rank_zero_info), weight)
-            for given, weight in weights.items()
-        ]
-        return Corpus(sources, self.encoding)
-
-    def _parts(self) -> Parts:
-        corpus = self._corpus(self.weights)
-        self._files = corpus.digest
-        val, test = (
-            self._corpus({path: 1.0}) if path else None for path in (self.val_path, self.test_path)
-        )
-        parts = divide(
-            corpus,
-            val=val,
-            test=test,
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            seed=self.seed,
-        )
-        if parts.num_left_out:
-            rank_zero_info(
-                f"data: {parts.num_left_out} training records left out, "
-                "their prompts are in the validation or test data"
-            )
-        return parts
-
-    def _examples(self, part: Part) -> Examples:
-        examples = part.examples()
-        rank_zero_info(f"data: {part.summary(examples)}")
-        return examples
 
     # Parts to micro-batches
 

@@ -87,6 +87,11 @@ class Corpus:
     """
 
     def __init__(self, sources: Sequence[Source], encoding: Encoding) -> None:
+        """Tokenise files, unless that has been done before.
+
+        Raises:
+            DataError: a file that is named twice, is not there or is broken.
+        """
         check_distinct(sources)
         for source in sources:
             check_file(source.path)

@@ -1,7 +1,6 @@
 """The loaders of one process: which records it is given, by the step or by the batch.
 
-They know how much is done at a time and how it is shared out, and nothing of where records come
-from.
+They know how records are shared out over the processes, and nothing of where they come from.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from llama_lightning.records import Batch, PromptBatch
 
 @dataclass(frozen=True)
 class Loaders:
-    """Make loaders.
+    """How much one process does at a time, and its loaders.
 
     Attributes:
         batch_size: records an optimizer step, over all ranks and accumulated micro-batches.
@@ -58,6 +57,19 @@ class Loaders:
                 "lower the accumulation or raise the batch size"
             )
 
+    def _loader(self, examples: Examples, sampler: Sampler[MicroBatch]) -> DataLoader[Batch]:
+        return DataLoader(
+            Batches(examples),
+            sampler=sampler,
+            batch_size=None,  # the sampler's item is a whole micro-batch
+            num_workers=self.num_workers,
+            persistent_workers=False,
+            pin_memory=torch.cuda.is_available(),
+            # iter() draws a seed; from the global generator, a resumed run would draw it at another
+            # moment and every dropout mask after it would differ.
+            generator=torch.Generator(),
+        )
+
     def train(self, examples: Examples, *, done: int) -> DataLoader[Batch]:
         """Load the micro-batches of the exact step, behind the first `done` of the first epoch."""
         sampler = StepSampler(
@@ -89,16 +101,3 @@ class Loaders:
         shares = turns(len(rows), self.eval_batch_size, self.rank, self.world_size)
         batches = [tokenise([rows[i] for i in share]) for share in shares]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type] # a list is a dataset
-
-    def _loader(self, examples: Examples, sampler: Sampler[MicroBatch]) -> DataLoader[Batch]:
-        return DataLoader(
-            Batches(examples),
-            sampler=sampler,
-            batch_size=None,  # the sampler's item is a whole micro-batch
-            num_workers=self.num_workers,
-            persistent_workers=False,
-            pin_memory=torch.cuda.is_available(),
-            # iter() draws a seed; from the global generator, a resumed run would draw it at another
-            # moment and every dropout mask after it would differ.
-            generator=torch.Generator(),
-        )

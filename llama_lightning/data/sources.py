@@ -56,7 +56,7 @@ def check_weights(weights: Mapping[str, float]) -> None:
 
 
 def check_distinct(sources: Sequence[Source]) -> None:
-    """Refuse a mix that names a file twice: its rows would be two, of two weights.
+    """Refuse a mix that names a file twice, perhaps with two weights.
 
     Raises:
         DataError: two names of one file.
