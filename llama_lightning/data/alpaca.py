@@ -3,61 +3,40 @@
 It owns the tokenizer and the template; the model receives tokens only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from llama_lightning.assets import TINY, TINY_HELDOUT, TINY_TRAIN
-from llama_lightning.data.batching import (
-    Batches,
-    EvalSampler,
-    MicroBatch,
-    StepSampler,
-    collate_prompts,
-)
-from llama_lightning.data.corpus import Corpus, Encoding, Part, default_cache
-from llama_lightning.data.examples import Dropped, Turns, encode_prompt
+from llama_lightning.data.batching import collate_prompts
+from llama_lightning.data.corpus import Corpus, Encoding, default_cache
+from llama_lightning.data.examples import Turns, encode_prompt
 from llama_lightning.data.identity import (
+    ORDER,
     TRAINING_PART,
     check_held_out,
     check_text,
     digest,
     find_position,
-    name_mix,
 )
-from llama_lightning.data.rows import FIELDS, Row
-from llama_lightning.data.splits import split
-from llama_lightning.data.templates import TEMPLATES, TemplateName
+from llama_lightning.data.loaders import Loaders
+from llama_lightning.data.parts import Part, Parts, divide
+from llama_lightning.data.rows import Row, check_columns
+from llama_lightning.data.sources import Source, check_weights, local_file
+from llama_lightning.data.templates import END_OF_TURN, TEMPLATES, TemplateName
 from llama_lightning.data.token_file import Examples
 from llama_lightning.data.tokenizer import Tokenizer
-from llama_lightning.data.tokenizer_files import huggingface_files
-from llama_lightning.errors import DataError, UsageError
-from llama_lightning.hub import fetch_data, parse_address
+from llama_lightning.data.tokenizer_files import ends_turns, text_side
+from llama_lightning.errors import UsageError
 from llama_lightning.records import Batch, PromptBatch, TextSide
 
-
-def local_file(path: str) -> Path:
-    """Find the file of a path or of an hf:// address, which is fetched unless it is in data/.
-
-    Raises:
-        DataError: a malformed address, or a file that cannot be fetched.
-    """
-    if path == "tiny":
-        return TINY_TRAIN
-    if not path.startswith("hf://"):
-        return Path(path)
-    _, file = parse_address(path)
-    own = Path("data", Path(file).name)
-    if own.is_file():
-        rank_zero_info(f"data: {own} is here and taken instead of {path}")
-        return own
-    return fetch_data(path)
+# Of each size, the least that means something.
+LEAST = {"max_seq_len": 2, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
 
 
 class AlpacaDataModule(LightningDataModule):
@@ -113,48 +92,32 @@ class AlpacaDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
-            if not 0.0 <= value < 1.0:
-                raise UsageError(f"data.{name} is {value}; use a value in [0, 1)")
-        for name, size in {
-            "max_seq_len": max_seq_len - 1,
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size if eval_batch_size is not None else 1,
-            "num_workers": num_workers + 1,
-        }.items():
-            if size < 1:
-                least = {"max_seq_len": 2, "num_workers": 0}.get(name, 1)
+        for part, fraction in (("val", val_fraction), ("test", test_fraction)):
+            if not 0.0 <= fraction < 1.0:
+                raise UsageError(f"data.{part}_fraction is {fraction}; use a value in [0, 1)")
+        sizes = (max_seq_len, batch_size, eval_batch_size, num_workers)
+        for (name, least), size in zip(LEAST.items(), sizes, strict=True):
+            if size is not None and size < least:
                 raise UsageError(f"data.{name} is too small; use {least} or more")
-        for field in columns or {}:
-            if field not in FIELDS:
-                raise UsageError(
-                    f"data.columns: '{field}' is none of our columns, {', '.join(FIELDS)}; write "
-                    "OURS: YOURS"
-                )
+        check_columns(columns or {})
         if path == "tiny":
             path, test_path = str(TINY_TRAIN), test_path or str(TINY_HELDOUT)
         self.weights = path if isinstance(path, dict) else {path: 1.0}
-        for name, weight in self.weights.items():
-            if not 0.0 < weight < float("inf"):
-                raise UsageError(f"data.path: the weight of {name} is {weight}; use one above 0")
-        if not self.weights:
-            raise UsageError("data.path: no file; give one, or several with their weights")
-        self._name = ", ".join(self.weights)
-        self.columns = columns
+        check_weights(self.weights)
         self.path, self.val_path, self.test_path = path, val_path, test_path
         self.predict_path = predict_path
         self.val_fraction = 0.0 if val_path else val_fraction
         self.test_fraction = 0.0 if test_path else test_fraction
-        tokenizer = str(TINY) if tokenizer == "tiny" else tokenizer
-        self.given_tokenizer = tokenizer
-        self.tokenizer_path = Path(tokenizer or base_folder or TINY)
+        self.columns = columns
+        self.given_tokenizer = str(TINY) if tokenizer == "tiny" else tokenizer
+        self.tokenizer_path = Path(self.given_tokenizer or base_folder or TINY)
+        self.base_folder = Path(base_folder or self.tokenizer_path)
         self.template_name: TemplateName = template
         self.template = TEMPLATES[template]
         self.train_on_prompt = train_on_prompt
         self.train_on_turns: Turns = train_on_turns
         self.max_seq_len = max_seq_len
-        self.batch_size = batch_size
-        self.given_eval_batch_size = eval_batch_size
+        self.batch_size, self.given_eval_batch_size = batch_size, eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = Path(cache_dir) if cache_dir else default_cache()
@@ -162,47 +125,11 @@ class AlpacaDataModule(LightningDataModule):
         self.test_rows: list[Row] = []
         self.predict_rows: list[Row] = []
         self._val: Part | None = None
-        # Digests of the training file and of the training part, once they have been read.
-        self._file_digest = self._training_records = ""
+        # Digests of the training files and of the training part, once they have been read.
+        self._files = self._training_records = ""
         self._resume_at = 0  # micro-batches of the current epoch that a resumed run has done
 
-    # Values that depend on where and how the trainer runs; one process without a trainer.
-
-    @property
-    def accumulate(self) -> int:
-        """Micro-batches an optimizer step, on each rank."""
-        return self.trainer.accumulate_grad_batches if self.trainer else 1
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def rank(self) -> int:
-        """This process's number."""
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def eval_batch_size(self) -> int:
-        """Records a batch in validation, test and predict."""
-        return self.given_eval_batch_size or -(
-            -self.batch_size // (self.accumulate * self.world_size)
-        )
-
-    @cached_property
-    def train_files(self) -> list[Path]:
-        """The files of `path` on this machine; fetched from the hub at first use."""
-        given: dict[Path, str] = {}
-        files = [local_file(path) for path in self.weights]
-        for name, file in zip(self.weights, files, strict=True):
-            same = given.setdefault(file.resolve(), name)
-            if same != name:
-                raise DataError(
-                    f"data.path: {same} and {name} are both {file}; give one of them (a file in "
-                    "data/ stands for every hf:// address of its name)"
-                )
-        return files
+    # Text
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -222,10 +149,14 @@ class AlpacaDataModule(LightningDataModule):
             cache_dir=self.cache_dir,
         )
 
-    @property
-    def val_rows(self) -> list[Row]:
-        """The validation records as text, read when they are asked for."""
-        return self._val.rows() if self._val else []
+    def prompts(self, rows: Sequence[Row]) -> PromptBatch:
+        """Tokenise the prompts of some rows, to be answered until an end token."""
+        prompts = [encode_prompt(row, self.tokenizer, self.template) for row in rows]
+        return collate_prompts(prompts, [row.id for row in rows], self.tokenizer.stop_ids)
+
+    def text_side(self) -> TextSide:
+        """What an export needs to read and write text as this data does."""
+        return text_side(self.tokenizer, self.tokenizer_path, self.template)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -238,179 +169,139 @@ class AlpacaDataModule(LightningDataModule):
             settings["tokenizer"] = self.given_tokenizer
         return settings | {"template": self.template_name}
 
-    def text_side(self) -> TextSide:
-        """What an export needs to read and write text as this data does."""
-        tokenizer, template = self.tokenizer, self.template
-        texts = {token: text for text, token in tokenizer.special_ids.items()}
-        return TextSide(
-            files=huggingface_files(tokenizer, self.tokenizer_path, template.jinja),
-            bos_id=tokenizer.bos_id,
-            stop_ids=tokenizer.stop_ids,
-            stops=[texts[token] for token in tokenizer.stop_ids],
-            ollama_template=template.ollama,
+    # Files to parts
+
+    def _corpus(self, weights: Mapping[str, float]) -> Corpus:
+        """Find files, fetched from the hub if need be, and tokenise them."""
+        sources = [
+            Source(given, local_file(given, rank_zero_info), weight)
+            for given, weight in weights.items()
+        ]
+        return Corpus(sources, self.encoding)
+
+    def _parts(self) -> Parts:
+        corpus = self._corpus(self.weights)
+        self._files = corpus.digest
+        val, test = (
+            self._corpus({path: 1.0}) if path else None for path in (self.val_path, self.test_path)
         )
-
-    def setup(self, stage: str) -> None:
-        """Read, split and tokenise what the stage ("fit", "validate", "test", "predict") needs."""
-        if stage == "fit" and self.batch_size < self.accumulate * self.world_size:
-            raise UsageError(
-                f"data.batch_size {self.batch_size} is smaller than "
-                f"trainer.accumulate_grad_batches {self.accumulate} x {self.world_size} devices; "
-                "lower the accumulation or raise the batch size"
-            )
-        if stage == "predict" and (path := self.predict_path or self.test_path):
-            need_output = not self.predict_path
-            self.predict_rows = list(self.encoding.read(local_file(path), need_output=need_output))
-            return
-        if stage == "test" and self.test_path:
-            test = Part.of_file(local_file(self.test_path), self.encoding)
-        else:
-            train, val, test = self._parts()
-        if stage == "predict":
-            self.predict_rows = self._not_empty(test, "test").rows()
-        elif stage == "test":
-            self.test_rows = self._not_empty(test, "test").rows()
-            self.test_examples = self._encode(test, "test")
-        else:
-            self._val = val
-            self.val_examples = self._encode(val, "val") if val else Examples([], [])
-            if stage == "fit":
-                if not val:
-                    rank_zero_info("data: no validation part, so there will be no best.ckpt")
-                examples = self._encode(self._not_empty(train, "train"), "train")
-                self.train_examples = examples
-                self._training_records = digest(examples.tokens())
-            else:
-                self._not_empty(val, "val")
-
-    def _parts(self) -> tuple[Part, Part, Part]:
-        """Split, and weigh; a prompt of another part's file never stays in training."""
-        corpus = Corpus(self.train_files, self.encoding)
-        weights = list(self.weights.values())
-        self._file_digest = name_mix(weights, corpus.hashes)
-        train, *others = split(
-            corpus.prompts,
+        parts = divide(
+            corpus,
+            val=val,
+            test=test,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             seed=self.seed,
         )
-        val, test = (
-            Part.of_file(local_file(path), self.encoding) if path else Part(corpus, rows)
-            for path, rows in zip((self.val_path, self.test_path), others, strict=True)
-        )
-        held_out = val.prompts() | test.prompts()
-        kept = [i for i in train if corpus.prompts[i] not in held_out]
-        if len(kept) < len(train):
+        if parts.num_left_out:
             rank_zero_info(
-                f"data: {len(train) - len(kept)} training records left out, "
+                f"data: {parts.num_left_out} training records left out, "
                 "their prompts are in the validation or test data"
             )
-        return Part(corpus, corpus.weighed(kept, weights, seed=self.seed)), val, test
+        return parts
 
-    def _not_empty(self, part: Part, name: str) -> Part:
-        if not part:
-            raise DataError(
-                f"{self._name}: the {name} part is empty; change data.val_fraction and "
-                f"data.test_fraction, or name a file with data.{name}_path"
-            )
-        return part
-
-    def _encode(self, part: Part, name: str) -> Examples:
+    def _examples(self, part: Part) -> Examples:
         examples = part.examples()
-        dropped = Dropped.of(examples.fates.tolist())
-        if not examples:
-            path = {"val": self.val_path, "test": self.test_path}.get(name) or self._name
-            raise DataError(
-                f"{path}: nothing to learn in all {len(part)} {name} records: {dropped}"
-            )
-        tokens, targets = int(examples.lengths.sum()), int(examples.num_targets.sum())
-        remark = f"; {dropped}" if str(dropped) else ""
-        rank_zero_info(
-            f"data: {len(examples):,} {name} records, {tokens:,} tokens, "
-            f"{targets / tokens:.0%} of them learnt{remark}"
-        )
+        rank_zero_info(f"data: {part.summary(examples)}")
         return examples
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Micro-batches of the exact step."""
-        sampler = StepSampler(
-            self.train_examples.lengths.tolist(),
-            self.train_examples.num_targets.tolist(),
+    def setup(self, stage: str) -> None:
+        """Read, split and tokenise what the stage ("fit", "validate", "test", "predict") needs."""
+        if stage == "fit":
+            self.loaders.check_step()
+            if self.template.takes_chats and not ends_turns(self.base_folder, self.tokenizer):
+                rank_zero_info(
+                    f"warning: data.template {self.template_name}: by generation_config.json the "
+                    f"base does not stop at {END_OF_TURN}, so it has not learnt the chat tokens; "
+                    "use an Instruct model or another data.template"
+                )
+        if stage == "predict" and (path := self.predict_path or self.test_path):
+            file = local_file(path, rank_zero_info)
+            need_output = not self.predict_path
+            self.predict_rows = list(self.encoding.read(file, need_output=need_output))
+            return
+        if stage == "test" and self.test_path:
+            corpus = self._corpus({self.test_path: 1.0})
+            test = Part("test", corpus, corpus.row_ids)
+        else:
+            train, val, test, _ = self._parts()
+        if stage == "predict":
+            self.predict_rows = test.rows()
+        elif stage == "test":
+            self.test_rows, self.test_examples = test.rows(), self._examples(test)
+        else:
+            if val or stage == "validate":
+                self.val_examples = self._examples(val)
+            else:
+                rank_zero_info("data: no validation part, so there will be no best.ckpt")
+            self._val = val
+            if stage == "fit":
+                self.train_examples = self._examples(train)
+                self._training_records = digest(self.train_examples.tokens())
+
+    @property
+    def val_rows(self) -> list[Row]:
+        """The validation records as text, read when they are asked for."""
+        return self._val.rows() if self._val else []
+
+    # Parts to micro-batches
+
+    @property
+    def loaders(self) -> Loaders:
+        """How batches are shared out where the trainer runs; one process without a trainer."""
+        trainer = self.trainer
+        return Loaders(
             batch_size=self.batch_size,
-            accumulate=self.accumulate,
-            rank=self.rank,
-            world_size=self.world_size,
+            given_eval_batch_size=self.given_eval_batch_size,
+            accumulate=trainer.accumulate_grad_batches if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            num_workers=self.num_workers,
             seed=self.seed,
         )
-        sampler.skip_once(self._resume_at)
-        self._resume_at = 0
-        return self._loader(self.train_examples, sampler)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Records a batch in validation, test and predict."""
+        return self.loaders.eval_batch_size
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches of the exact step, the first time behind those that were done before."""
+        done, self._resume_at = self._resume_at, 0
+        return self.loaders.train(self.train_examples, done=done)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """Validation records in file order."""
-        return self._eval_loader(self.val_examples) if self.val_examples else []
+        return self.loaders.evaluation(self.val_examples) if self.val_examples else []
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Test records in file order: with their labels to measure, then as prompts to answer."""
-        return [self._eval_loader(self.test_examples), self._prompt_loader(self.test_rows)]
+        loaders, examples, rows = self.loaders, self.test_examples, self.test_rows
+        return [loaders.evaluation(examples), loaders.prompts(rows, self.prompts)]
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Prompts to answer, in file order."""
-        return self._prompt_loader(self.predict_rows)
+        return self.loaders.prompts(self.predict_rows, self.prompts)
 
-    def prompts(self, rows: Sequence[Row]) -> PromptBatch:
-        """Tokenise the prompts of some rows, to be answered until an end token."""
-        prompts = [encode_prompt(row, self.tokenizer, self.template) for row in rows]
-        return collate_prompts(prompts, [row.id for row in rows], self.tokenizer.stop_ids)
-
-    def _prompt_loader(self, rows: list[Row]) -> DataLoader[PromptBatch]:
-        """Share rows out over the ranks by whole batches."""
-        size = self.eval_batch_size
-        # As many on every rank, the last of them perhaps empty, so that the ranks stay together.
-        turns = -(-len(rows) // (self.world_size * size))
-        starts = (size * (turn * self.world_size + self.rank) for turn in range(turns))
-        batches = [self.prompts(rows[start : start + size]) for start in starts]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type] # a list is a dataset
-
-    def _eval_loader(self, examples: Examples) -> DataLoader[Batch]:
-        sampler = EvalSampler(
-            examples.num_targets.tolist(),
-            batch_size=self.eval_batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        return self._loader(examples, sampler)
-
-    def _loader(
-        self, examples: Examples, sampler: torch.utils.data.Sampler[MicroBatch]
-    ) -> DataLoader[Batch]:
-        return DataLoader(
-            Batches(examples),
-            sampler=sampler,
-            batch_size=None,  # the sampler's item is a whole micro-batch
-            num_workers=self.num_workers,
-            persistent_workers=False,
-            pin_memory=torch.cuda.is_available(),
-            # iter() draws a seed; from the global generator, a resumed run would draw it at another
-            # moment and every dropout mask after it would differ.
-            generator=torch.Generator(),
-        )
+    # Where a resumed run goes on
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides which record stands where in a run."""
+        loaders = self.loaders
         return {
-            "data.path": self._file_digest,
-            "data.seed": self.seed,
-            "data.val_fraction": self.val_fraction,
-            "data.test_fraction": self.test_fraction,
-            "data.batch_size": self.batch_size,
-            "data.max_seq_len": self.max_seq_len,
-            "data.train_on_prompt": self.train_on_prompt,
-            "data.train_on_turns": self.train_on_turns,
-            "data.columns": self.columns,
-            "trainer.accumulate_grad_batches": self.accumulate,
-            "trainer.devices x num_nodes": self.world_size,
+            "data.path": self._files,
+            **{f"data.{name}": getattr(self, name) for name in ORDER},
+            "trainer.accumulate_grad_batches": loaders.accumulate,
+            "trainer.devices x num_nodes": loaders.world_size,
             TRAINING_PART: self._training_records,
+        }
+
+    def _text(self) -> dict[str, Any]:
+        """Everything that decides in which form a model knows text."""
+        return {
+            "template": self.template_name,
+            "template_text": self.template.text,
+            "tokenizer": self.tokenizer.fingerprint,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -419,13 +310,7 @@ class AlpacaDataModule(LightningDataModule):
         done = 0
         if progress is not None and not progress.is_last_batch:
             done = progress.current.processed  # type: ignore[attr-defined]
-        return {
-            "micro_batches": done,
-            "identity": self._identity(),
-            "template": self.template_name,
-            "template_text": self.template.text,
-            "tokenizer": self.tokenizer.fingerprint,
-        }
+        return {"micro_batches": done, "identity": self._identity(), **self._text()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint stopped, or say why that cannot be.
@@ -433,13 +318,7 @@ class AlpacaDataModule(LightningDataModule):
         Raises:
             CheckpointError: template, tokenizer, data or batching differ from the checkpoint's.
         """
-        check_text(
-            state_dict,
-            template=self.template,
-            template_name=self.template_name,
-            tokenizer=self.tokenizer,
-            tokenizer_path=self.tokenizer_path,
-        )
+        check_text(state_dict, self._text(), tokenizer_path=self.tokenizer_path)
         verb = self.trainer.state.fn if self.trainer else None
         paths = {
             "predict": self.predict_path or self.test_path,

@@ -137,27 +137,35 @@ def collate_prompts(
     )
 
 
+def turns(count: int, size: int, rank: int, world_size: int) -> list[range]:
+    """Share `count` records out over the ranks in their order, `size` at a time.
+
+    Every rank has the same number of turns (the last may be empty), so that collective operations
+    meet. `turns(5, 2, 1, 2)` is `[range(2, 4), range(5, 5)]`.
+    """
+    number = -(-count // (size * world_size))
+    starts = (size * (turn * world_size + rank) for turn in range(number))
+    return [range(count)[start : start + size] for start in starts]
+
+
 class EvalSampler(Sampler[MicroBatch]):
     """One rank's share of examples in file order, each once, `batch_size` at a time.
 
-    Every rank emits the same number of micro-batches (the last may be empty), so that collective
-    operations meet. `num_step_targets` is the micro-batch's own: evaluation has no steps.
+    `num_step_targets` is the micro-batch's own: evaluation has no steps.
     """
 
     def __init__(
         self, num_targets: Sequence[int], *, batch_size: int, rank: int, world_size: int
     ) -> None:
-        self.num_targets, self.batch_size = num_targets, batch_size
-        self.rank, self.world_size = rank, world_size
+        self.num_targets = num_targets
+        self.turns = turns(len(num_targets), batch_size, rank, world_size)
 
     def __len__(self) -> int:
-        return -(-len(self.num_targets) // (self.batch_size * self.world_size))
+        return len(self.turns)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for turn in range(len(self)):
-            start = (turn * self.world_size + self.rank) * self.batch_size
-            indices = list(range(len(self.num_targets))[start : start + self.batch_size])
-            yield MicroBatch(indices, sum(self.num_targets[i] for i in indices))
+        for turn in self.turns:
+            yield MicroBatch(list(turn), sum(self.num_targets[i] for i in turn))
 
 
 class Batches(Dataset[Batch]):

@@ -1,6 +1,6 @@
-"""Data files as one list of rows, each known by its number, and parts of such a list.
+"""Data files as one list of rows, each known by its number.
 
-It joins reading, tokenising and the cache; it knows neither splits nor batches.
+It joins reading, tokenising and the cache; it knows neither parts nor batches.
 """
 
 import os
@@ -10,10 +10,12 @@ from pathlib import Path
 
 from llama_lightning.data.examples import Encoded, Turns, encode_row
 from llama_lightning.data.files import check_file, reading
+from llama_lightning.data.identity import name_mix
 from llama_lightning.data.rows import Row, read_rows
+from llama_lightning.data.sources import Source, check_distinct
 from llama_lightning.data.splits import weigh
 from llama_lightning.data.templates import Template
-from llama_lightning.data.token_file import Examples, TokenFile, hash_file, token_file
+from llama_lightning.data.token_file import TokenFile, hash_file, token_file
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import DataError
 
@@ -79,76 +81,64 @@ class Corpus:
     """Tokenised data files; the rows of a file are numbered on from those before it.
 
     Attributes:
-        hashes: SHA-256 of each file.
-        sizes: rows of each file.
+        given: the files as the user named them.
+        digest: tells these files, and their weights, from others.
         prompts: a hash of each row's question.
     """
 
-    def __init__(self, paths: Sequence[Path], encoding: Encoding) -> None:
-        for path in paths:
-            check_file(path)
-        self.paths, self.encoding = paths, encoding
-        self.hashes: list[bytes] = []
-        for path in paths:
-            with reading(path):
-                self.hashes.append(hash_file(path))
-        self.files = [encoding.tokenise(*pair) for pair in zip(paths, self.hashes, strict=True)]
-        self.sizes = [len(file.rows) for file in self.files]
+    def __init__(self, sources: Sequence[Source], encoding: Encoding) -> None:
+        """Tokenise files, unless that has been done before.
+
+        Raises:
+            DataError: a file that is named twice, is not there or is broken.
+        """
+        check_distinct(sources)
+        for source in sources:
+            check_file(source.path)
+        self.sources, self.encoding = sources, encoding
+        self.given = ", ".join(source.given for source in sources)
+        hashes = []
+        for source in sources:
+            with reading(source.path):
+                hashes.append(hash_file(source.path))
+        self.digest = name_mix([source.weight for source in sources], hashes)
+        self.files = [
+            encoding.tokenise(source.path, file_hash)
+            for source, file_hash in zip(sources, hashes, strict=True)
+        ]
         self.prompts = [prompt for file in self.files for prompt in file.rows["prompt"].tolist()]
 
-    def weighed(self, row_ids: Sequence[int], weights: Sequence[float], *, seed: int) -> list[int]:
-        """Repeat each file's rows by its weight.
+    @property
+    def row_ids(self) -> range:
+        """The numbers of all rows."""
+        return range(len(self.prompts))
+
+    def _by_source(self) -> Iterator[tuple[Source, range]]:
+        """Yield each file with the numbers of its rows."""
+        end = 0
+        for source, file in zip(self.sources, self.files, strict=True):
+            start, end = end, end + len(file.rows)
+            yield source, range(start, end)
+
+    def weighed(self, row_ids: Sequence[int], *, seed: int) -> list[int]:
+        """Repeat rows by the weights of their files.
 
         Raises:
             DataError: a weight that leaves none of a file's rows.
         """
         chosen: list[int] = []
-        end = 0
-        for path, size, weight in zip(self.paths, self.sizes, weights, strict=True):
-            start, end = end, end + size
-            own = [i for i in row_ids if start <= i < end]
-            weighed = weigh(own, weight, seed=seed)
+        for source, numbers in self._by_source():
+            own = [i for i in row_ids if i in numbers]
+            weighed = weigh(own, source.weight, seed=seed)
             if own and not weighed:
                 raise DataError(
-                    f"{path}: the weight {weight} leaves none of its {len(own)} training records; "
-                    "raise it in data.path, or leave the file out"
+                    f"{source.path}: the weight {source.weight} leaves none of its {len(own)} "
+                    "training records; raise it in data.path, or leave the file out"
                 )
             chosen += weighed
         return chosen
 
     def rows(self) -> Iterator[Row]:
         """Read all rows again, as text."""
-        first_id = 0
-        for path, size in zip(self.paths, self.sizes, strict=True):
-            yield from self.encoding.read(path, first_id=first_id)
-            first_id += size
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a corpus."""
-
-    corpus: Corpus
-    row_ids: Sequence[int]
-
-    @classmethod
-    def of_file(cls, path: Path, encoding: Encoding) -> "Part":
-        """Take all rows of a file."""
-        corpus = Corpus([path], encoding)
-        return cls(corpus, range(len(corpus.prompts)))
-
-    def __len__(self) -> int:
-        return len(self.row_ids)
-
-    def prompts(self) -> set[int]:
-        """Collect the hashes of the questions."""
-        return {self.corpus.prompts[i] for i in self.row_ids}
-
-    def rows(self) -> list[Row]:
-        """Read the rows, as text."""
-        wanted = set(self.row_ids)
-        return [row for row in self.corpus.rows() if row.id in wanted]
-
-    def examples(self) -> Examples:
-        """Find the rows' tokens."""
-        return Examples(self.corpus.files, self.row_ids)
+        for source, numbers in self._by_source():
+            yield from self.encoding.read(source.path, first_id=numbers.start)

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_lightning.data.templates import Template
-from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import CheckpointError
 
 # What no single key tells: which records are left in training once other files are taken out.
 TRAINING_PART = "the training part (data.path without data.val_path and data.test_path)"
 
+# What decides the order of the records of the same files, of the settings of the data.
+ORDER = ["seed", "val_fraction", "test_fraction", "batch_size", "max_seq_len"]
+ORDER += ["train_on_prompt", "train_on_turns", "columns"]
 
 # What decides which records of the same files are in which part.
 SPLIT = ("data.seed", "data.val_fraction", "data.test_fraction", "data.columns")
@@ -73,25 +74,18 @@ def check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         )
 
 
-def check_text(
-    state: Mapping[str, Any],
-    *,
-    template: Template,
-    template_name: str,
-    tokenizer: Tokenizer,
-    tokenizer_path: Path,
-) -> None:
+def check_text(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, tokenizer_path: Path) -> None:
     """Refuse a checkpoint whose model knows text in another form.
 
     Raises:
         CheckpointError: template or tokenizer differ from the checkpoint's.
     """
-    if state["template_text"] != template.text:
+    if ours["template_text"] != theirs["template_text"]:
         raise CheckpointError(
-            f"data.template is '{template_name}', but the checkpoint was trained with "
-            f"'{state['template']}'; set data.template to that"
+            f"data.template is '{ours['template']}', but the checkpoint was trained with "
+            f"'{theirs['template']}'; set data.template to that"
         )
-    if state["tokenizer"] != tokenizer.fingerprint:
+    if ours["tokenizer"] != theirs["tokenizer"]:
         raise CheckpointError(
             f"data.tokenizer: {tokenizer_path} makes other tokens than the tokenizer that "
             "the checkpoint was trained with"

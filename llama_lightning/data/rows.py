@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_lightning.data.files import kind, read_records
-from llama_lightning.errors import DataError
+from llama_lightning.errors import DataError, UsageError
 
 FIELDS = ("instruction", "input", "output", "messages", "conversations")
 
@@ -170,6 +170,20 @@ def _row(
         text("input", may_be_null=True),
         text("output", may_be_null=not need_output),
     )
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse names for columns that no record has.
+
+    Raises:
+        UsageError: a field that is none of ours.
+    """
+    for field in columns:
+        if field not in FIELDS:
+            raise UsageError(
+                f"data.columns: '{field}' is none of our columns, {', '.join(FIELDS)}; write "
+                "OURS: YOURS"
+            )
 
 
 def read_rows(

@@ -8,9 +8,11 @@ numbers and a checksum. No tokens are kept in memory, so that a set may be large
 import errno
 import hashlib
 import struct
+import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, overload
@@ -25,6 +27,7 @@ from llama_lightning.records import IGNORE_INDEX, Example
 
 VERSION = 1  # of the format and of how rows become tokens; part of every file's name
 ENTRY = np.dtype([("end", "<i8"), ("prompt", "<u8"), ("targets", "<i4"), ("fate", "u1")])
+DAY_S = 24 * 60 * 60
 FOOTER = struct.Struct("<qq32s")  # number of tokens, number of rows, SHA-256 of what is before
 
 Ints = npt.NDArray[np.int64]
@@ -96,6 +99,14 @@ class TokenFile:
             beside.unlink(missing_ok=True)
 
 
+def _clear(folder: Path) -> None:
+    """Remove what killed writers left behind: a living one writes all the time."""
+    for left in folder.glob("*.tokens.*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > DAY_S:
+                left.unlink()
+
+
 def token_file(folder: Path, content: object, encoded: Iterator[tuple[Row, Encoded]]) -> TokenFile:
     """Map the file for a content, which is made first unless it is there and whole.
 
@@ -109,6 +120,7 @@ def token_file(folder: Path, content: object, encoded: Iterator[tuple[Row, Encod
     """
     name = hashlib.sha256(repr((VERSION, content)).encode()).hexdigest()[:32]
     path = folder / f"{name}.tokens"
+    _clear(folder)
     try:
         return TokenFile(path)
     except OSError:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_lightning.data.templates import END_OF_TURN, Template
 from llama_lightning.data.tokenizer import (
     BEGIN_OF_TEXT,
     END_OF_TEXT,
@@ -18,6 +19,7 @@ from llama_lightning.data.tokenizer import (
     byte_letters,
 )
 from llama_lightning.errors import DataError
+from llama_lightning.records import TextSide
 
 
 def _merges(ranks: Mapping[bytes, int], names: Mapping[bytes, str]) -> list[str]:
@@ -142,3 +144,34 @@ def _own_json(tokenizer: Tokenizer, path: Path) -> str | None:
         return None
     same = theirs.special_ids == tokenizer.special_ids
     return own.read_text(encoding="utf-8") if same else None
+
+
+def text_side(tokenizer: Tokenizer, path: Path, template: Template) -> TextSide:
+    """Collect what an export needs to read and write text as the training did.
+
+    Args:
+        tokenizer: the training's.
+        path: the file or folder it came from.
+        template: the training's.
+    """
+    texts = {token: text for text, token in tokenizer.special_ids.items()}
+    return TextSide(
+        files=huggingface_files(tokenizer, path, template.jinja),
+        bos_id=tokenizer.bos_id,
+        stop_ids=tokenizer.stop_ids,
+        stops=[texts[token] for token in tokenizer.stop_ids],
+        ollama_template=template.ollama,
+    )
+
+
+def ends_turns(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Say whether a base has learnt to end its turn; one whose folder does not tell is believed.
+
+    Base models have the chat tokens too, untrained: generation_config.json stops at another.
+    """
+    try:
+        path = folder / "generation_config.json"
+        stops = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return tokenizer.special_ids.get(END_OF_TURN) in (stops if isinstance(stops, list) else [stops])

@@ -28,6 +28,8 @@ class Parsed(NamedTuple):
     reason: str = ""
 
 
+# A judge may repeat a character until its limit. Two runs that stand side by side here share no
+# character, so that a reply takes a time linear in its length.
 _DECORATION = r"[\s:=*_`\"'(\[]*"
 _NUMBER = (
     r"(?P<number>[-−]?\d+(?:[.,]\d+)?)"
@@ -51,11 +53,11 @@ _PLAIN = re.compile(
 )
 # What may stand before them in their line where they are a sentence of their own.
 _ALONE = re.compile(
-    r"(?:.*[.!?\]])?[\s*_#(\[-]*(?:(?:my|the|final|overall|total)\s+)*[*_]*", re.IGNORECASE
+    r"(?:.*[.!?\]])?[\s*_#(\[-]*(?:(?:(?:my|the|final|overall|total)\s+)+[*_]*)?", re.IGNORECASE
 )
 # A second number, or the word that announces it: a range or a choice.
 _MORE = re.compile(
-    r"[\s*_`)\]\"']*(?:(?:[-–—~/,;&|]|and\b)?[\s*_`(\[\"']*\d|(?:or|to)\b|\+)|-[^\W\d]",
+    r"[\s*_`)\]\"']*(?:(?:(?:[-–—~/,;&|(\[]|and\b)[\s*_`(\[\"']*)?\d|(?:or|to)\b|\+)|-[^\W\d]",
     re.IGNORECASE,
 )
 _CLOSE = r"(?:</?s>|<\|[^|<>]*\|>|<end_of_turn>|[\s*_.!)\]}%s])*"
@@ -81,7 +83,7 @@ def _read(match: re.Match[str], rest: str) -> Parsed:
 
 def bare_json(text: str) -> dict[str, Any] | None:
     """Read a reply that is one JSON object, fenced or not."""
-    bare = re.sub(r"^```\w*\s*|\s*```$", "", text.strip())
+    bare = re.sub(r"^```\w*\s*", "", text.strip()).removesuffix("```").rstrip()
     if not bare.startswith("{"):
         return None
     try:

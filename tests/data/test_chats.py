@@ -1,6 +1,7 @@
 """Chats: the tokens of transformers' apply_chat_template, what is learnt, what is broken."""
 
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -302,6 +303,32 @@ def test_a_tokenizer_without_the_chat_tokens(tmp_path):
     data = AlpacaDataModule(base_folder=str(tmp_path), template="llama3")
     with pytest.raises(UsageError, match=r"the tokenizer has no <\|start_header_id\|>"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"),
+    [
+        ({"eos_token_id": 257}, True),
+        ({"eos_token_id": [257, 264]}, True),
+        ({"eos_token_id": [257, 264, 265]}, False),  # an Instruct model's
+        ({"eos_token_id": 265}, False),
+        ({}, False),
+        (None, False),  # nothing tells
+    ],
+)
+def test_a_base_that_has_not_learnt_the_chat_tokens(tmp_path, base, caplog, config, warned):
+    if config is not None:
+        Path(base, "generation_config.json").write_text(json.dumps(config))
+    path = write(tmp_path / "chats.jsonl", *both_ways(CHAT[:2]))
+    for template in ("llama3", "alpaca"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            AlpacaDataModule(path=str(path), base_folder=base, template=template).setup("fit")
+        found = [text for text in caplog.messages if text.startswith("warning: ")]
+        assert len(found) == (warned and template == "llama3")
+        if found:
+            print(found[0])
+            assert "does not stop at <|eot_id|>" in found[0]
 
 
 # Broken chats

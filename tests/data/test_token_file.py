@@ -1,10 +1,12 @@
 """The cache of tokenised rows: made once for a content, made again when damaged, never half."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from llama_lightning.data.corpus import default_cache
 from llama_lightning.data.examples import Dropped, encode_row
 from llama_lightning.data.rows import read_rows
 from llama_lightning.data.templates import TEMPLATES
-from llama_lightning.data.token_file import TokenFile
+from llama_lightning.data.token_file import DAY_S, TokenFile
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.errors import DataError
 
@@ -189,6 +191,38 @@ def test_two_writers_of_one_file(tmp_path):
     TokenFile.write(path, interrupted())
     assert len(TokenFile(path).rows) == 200
     assert not list(tmp_path.glob("a.tokens.*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_what_a_killed_writer_left_is_cleared_the_next_day(tmp_path):
+    path, cache = write(tmp_path / "a.json", 50), tmp_path / "cache"
+    cache.mkdir()
+    data = AlpacaDataModule(path=str(path), cache_dir=str(cache))
+    pairs = list(data.encoding._encoded(path))
+
+    def killed():
+        yield from pairs
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in ("one.tokens", "other.tokens"):
+        if (child := os.fork()) == 0:
+            TokenFile.write(cache / name, killed())
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    old, young = cache.iterdir()
+    now = time.time()
+    os.utime(old, (now, now - DAY_S - 1))
+    os.utime(young, (now, now - DAY_S + 60))  # its writer may be alive
+    (cache / "own").write_text("")
+    os.utime(cache / "own", (0, 0))
+    data.setup("fit")
+    assert not old.exists()
+    left = {file.name for file in cache.iterdir() if file.suffix != ".tokens"}
+    assert left == {young.name, "own"}
+    os.utime(young, (0, 0))
+    data.setup("fit")  # even if nothing has to be written
+    assert not young.exists()
+    assert len(list(cache.glob("*.tokens"))) == 1
 
 
 def test_a_disk_that_loses_what_was_written(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """What is read as a score, and what is left unread rather than guessed."""
 
+import time
+
 import pytest
 
+from llama_lightning.evaluation.pairs import parse_choice
 from llama_lightning.evaluation.parse import parse_score
 
 GRADED = {
@@ -176,3 +179,41 @@ def test_left_unread(text: str, status: str) -> None:
     print(f"{text!r}: {parsed.reason}")
     assert (parsed.status, parsed.score) == (status, None)
     assert parsed.reason
+
+
+# A judge that repeats itself: what stands before the run, what is repeated, what follows.
+RUNS = {
+    "blanks": ("a", " ", "b"),
+    "blanks behind [RESULT] 4": ("[RESULT] 4", " \n", "x"),
+    "stars behind [RESULT] 4": ("[RESULT] 4", "*", "x"),
+    "quotes behind [RESULT] 4": ("[RESULT] 4", "'\"", "x"),
+    "blanks behind a comma": ("[RESULT] 4,", " ", "x"),
+    "parentheses": ("[RESULT] 4", "(", "x"),
+    "blanks behind Score: 4": ("Score: 4", " ", "x"),
+    "blanks behind Score:": ("Score:", " ", "x"),
+    "blanks behind of": ("Score: 4 out of", " ", "x"),
+    "stars before Score": ("", "*", "x Score: 4"),
+    "stops before Score": ("", ".*", "x Score: 4"),
+    "my before Score": ("", "my ", "x Score: 4"),
+    "scores": ("", "Score: 4 ", ""),
+    "marks": ("", "[RESULT] ", ""),
+    "digits": ("[RESULT] ", "5", "x"),
+    "end tokens": ("Score: 4", "<|x|>", "y"),
+    "fences": ("", " ```", "x"),
+    "blanks in JSON": ('{"score":', " ", "4"),
+    "digits in JSON": ('{"score": ', "4", "}"),
+}
+
+
+@pytest.mark.parametrize("read", [parse_score, parse_choice])
+def test_a_long_reply_takes_as_long_as_it_is(read) -> None:
+    """Where two runs that stand side by side share characters, one reply took 4 s, now 0.01 s."""
+    seconds = {}
+    for name, (before, run, behind) in RUNS.items():
+        text = before + run * (20_000 // len(run)) + behind
+        start = time.process_time()
+        read(text)
+        seconds[name] = time.process_time() - start
+    slowest = max(seconds, key=seconds.__getitem__)
+    print(f"slowest of {len(RUNS)} replies of 20 kB: {slowest}, {seconds[slowest]:.3f} s")
+    assert seconds[slowest] < 0.5
