@@ -100,8 +100,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
         of_hidden, *of_weights = ctx.saved_tensors
-        # In place: of a trained head, a copy would be as large as the head.
-        return None, None, of_hidden * factor, *(total.mul_(factor) for total in of_weights)
+        # Nothing the size of a trained head is copied: scaled in place, and handed on as a tensor
+        # that nobody else holds, to which autograd adds a tied embedding's gradient in place.
+        scaled = (total.mul_(factor).detach() for total in of_weights)
+        return None, None, of_hidden * factor, *scaled
 
 
 def summed_cross_entropy(hidden_LD: Tensor, targets_L: Tensor, lm_head: nn.Module) -> Tensor:
