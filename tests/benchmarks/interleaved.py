@@ -138,7 +138,7 @@ def measure(part: Part, args: argparse.Namespace, chosen: Sequence[str] = ()) ->
     groups = {key: jobs for key, jobs in part.groups(args).items() if not chosen or key in chosen}
     runs: dict[str, list[Line]] = {key: [] for key in groups}
     report: dict[str, Any] = {
-        "title": part.title,
+        "title": f"{part.title}, {args.shape}" if part.shaped else part.title,
         "machine": machine_name("cpu"),
         "versions": versions(args),
         "repeats": args.repeats,

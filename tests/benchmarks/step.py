@@ -28,6 +28,7 @@ from torch import distributed
 from llama_lightning.model.attention import ragged_rows
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig
+from llama_lightning.records import Batch
 from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.optim import OptimizerConfig
 from llama_lightning.training.trainer import Trainer
@@ -50,6 +51,17 @@ PRECISION = {
 }
 
 
+def counts(batch: Batch, sharing: bool) -> dict[str, int]:
+    """Count what a micro-batch asks for, and the cells of the grids in which attention pads it."""
+    grids = ragged_rows(batch.boundaries).to_grids if len(batch.row_ids) else []
+    return {
+        "tokens": len(batch.tokens),
+        "supervised": int((batch.labels >= 0).sum()),
+        "distinct": len(batch.prefixes.distinct if sharing else batch.tokens),
+        "cells": sum(grid.numel() for grid in grids),
+    }
+
+
 class Clock(Callback):
     """Wall and CPU seconds of each step, its batch's loading included, and what it computed."""
 
@@ -57,52 +69,40 @@ class Clock(Callback):
         self.device = device
         self.steps: list[dict[str, float]] = []
         self.first_step_at_s = 0.0
+        self._batches: list[list[Batch]] = []  # of each step; they are counted outside the time
 
     def on_train_start(self, trainer, pl_module):
         def count(module, args, output):
-            self._sums["rows"] += output[..., 0].numel()
+            self._rows += output[..., 0].numel()
 
         # What is embedded is what the layers compute.
         pl_module.model.model.embed_tokens.register_forward_hook(count)
         self._start()
 
     def _start(self) -> None:
-        names = ("tokens", "supervised", "needed", "rows", "real", "cells")
-        self._sums = dict.fromkeys(names, 0)
+        self._rows = 0
+        self._batches.append([])
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        wall, cpu = time.perf_counter(), time.process_time()
-        shared = pl_module.share_prefixes
-        grids = ragged_rows(batch.boundaries).to_grids if len(batch.row_ids) else []
-        counts = {
-            "tokens": len(batch.tokens),
-            "supervised": int((batch.labels >= 0).sum()),
-            "needed": len(batch.prefixes.distinct if shared else batch.tokens),
-            "real": len(batch.tokens),
-            "cells": sum(grid.numel() for grid in grids),
-        }
-        for name, count in counts.items():
-            self._sums[name] += count
+        self._batches[-1].append(batch)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            # What was counted is not part of the step.
-            self._wall += time.perf_counter() - wall
-            self._cpu += time.process_time() - cpu
             return
         synchronize(self.device)
         self.first_step_at_s = self.first_step_at_s or seconds_since_start()
         seconds = {"wall": time.perf_counter() - self._wall, "cpu": time.process_time() - self._cpu}
         loss = float(trainer.callback_metrics["train/loss"])
-        self.steps.append({**seconds, **self._sums, "loss": loss})
+        self.steps.append({**seconds, "rows": self._rows, "loss": loss})
         self._start()
 
     def on_train_end(self, trainer, pl_module):
         """Add up what each process did; they wait for each other, so that their time is one's."""
-        for name in ("cpu", "tokens", "supervised", "needed", "rows", "real", "cells"):
-            values = torch.tensor([step[name] for step in self.steps], dtype=torch.float64)
-            sums = trainer.strategy.reduce(values.to(pl_module.device), reduce_op="sum")
-            for step, value in zip(self.steps, sums.tolist(), strict=True):
-                step[name] = value
+        for step, batches in zip(self.steps, self._batches, strict=False):
+            several = [counts(batch, pl_module.share_prefixes) for batch in batches]
+            step |= {name: sum(one[name] for one in several) for name in several[0]}
+            for name in ("cpu", "rows", *several[0]):
+                value = torch.tensor(step[name], dtype=torch.float64, device=pl_module.device)
+                step[name] = float(trainer.strategy.reduce(value, reduce_op="sum"))
 
 
 class Quiet(SimpleProfiler):
@@ -236,8 +236,8 @@ def report(
         "step_cpu_s": [round(s["cpu"], 3) for s in steps],
         "tokens": tokens,
         "supervised": round(total["supervised"]),
-        "rows_real": round(total["needed"] / total["rows"], 4),
-        "cells_real": round(total["real"] / total["cells"], 4),
+        "rows_real": round(total["distinct"] / total["rows"], 4),
+        "cells_real": round(tokens / total["cells"], 4),
         "wait": round(sum(waits) / wall, 5),
         "first_step_at_s": round(clock.first_step_at_s, 2),
         "ceiling_gflops": round(ceiling),

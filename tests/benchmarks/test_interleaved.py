@@ -193,8 +193,8 @@ def test_growth_is_compared_with_the_first_of_its_kind() -> None:
         ["equal", "500", "200", "", "2.00", "", "100.0 %", "87.5 %", "1.00"],
         ["spread", "500", "190", "0.95", "2.20", "1.10", "100.0 %", "87.5 %", "1.00"],
     ]
-    waits = waiting.table({"4": [{"name": "0", "tok_s": 10, "wait": 0.0025}]})
-    assert cells(waits[2]) == ["4", "0", "10", "0.25 %"]
+    waits = waiting.table({"workers": [{"name": "0", "tok_s": 10, "wait": 0.0025}]})
+    assert cells(waits[2]) == ["0", "10", "0.25 %"]
 
 
 def test_records_of_equal_and_of_spread_lengths_have_the_same_words(tmp_path: Path) -> None:
