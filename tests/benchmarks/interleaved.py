@@ -8,6 +8,7 @@ part's file before the next command starts. It does not know what is measured.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -118,6 +119,8 @@ def versions(args: argparse.Namespace) -> str:
     pythons |= {"litgpt": args.litgpt, "torchtune": args.torchtune}
     texts = {}
     for name, python in pythons.items():
+        if python and shutil.which(python) is None:
+            sys.exit(f"--{name} {python}: no such program; name the python of its environment")
         if python and (name == "here" or python != sys.executable):
             command = [python, "-c", VERSIONS, *PACKAGES]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
