@@ -2,61 +2,56 @@
 
 Answers the first rows of a file with random weights of a real shape, `--batch` at a time, and
 prints one JSON line. Random weights never end, so each row's answer has `--new` tokens, or with
-`--new reference` as many as its reference. `--peer hf` does the same work with transformers: static
-batches in file order, of whose tokens only those up to each row's own length are counted.
+`--new reference` as many as its reference. Each of our calls lays the weights out anew (prepacking)
+and that is in its time. `--peer hf` does the same work with transformers: static batches in file
+order, of whose tokens only those up to each row's own length are counted. `decode_step_ms` is one
+step of decoding alone, from calls of two lengths. `*_cpu` divides by CPU seconds a thread.
 `--peers` runs both in turn, at several sizes, and prints the ratios as a table.
-`*_cpu` divides by CPU seconds a thread: it holds still when others use the cores too (with
-OMP_WAIT_POLICY=PASSIVE).
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from llama_lightning.data.alpaca import AlpacaDataModule
-from llama_lightning.data.examples import Row
-from llama_lightning.records import PromptBatch
-from llama_lightning.training.llama_module import LlamaModule
-from llama_lightning.training.trainer import Trainer
+from llama_lightning.data.examples import encode_prompt
+from llama_lightning.data.rows import Row, read_rows
+from llama_lightning.data.templates import TEMPLATES
+from llama_lightning.data.tokenizer import Tokenizer
+from tests.benchmarks import interleaved
+from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name, memory, synchronize
 from tests.random_llama import SHAPES, kept_random_llama
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-# Rows, batch, new tokens: a few batches of equal answers, then a data set of uneven ones.
-PLAN = [(4, 1, "64"), (16, 8, "64"), (64, 32, "64"), (200, 8, "reference"), (200, 32, "reference")]
-NO_STOP = -1
+DATA = interleaved.SHARED / "data"
+SHORT, LONG = "instruction-data.json", "alpaca_en_demo.json"  # answers of 13 and of 145 tokens
+OURS, HF = "llama_lightning", "hf"
+# How OpenMP's threads wait for each other: the command line's own way, unless the user has another.
+WAITING = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "10000"}
 
 
-class FixedLengths(AlpacaDataModule):
-    """Prompts whose answers have a given length each."""
-
-    new: str
-
-    def num_new(self, row: Row) -> int:
-        """Tokens to generate, an end token included where they are the reference's."""
-        return (
-            len(self.tokenizer.encode(row.output)) + 1 if self.new == "reference" else int(self.new)
-        )
-
-    def prompts(self, rows: Sequence[Row]) -> PromptBatch:
-        batch = super().prompts(rows)
-        limits = torch.tensor([self.num_new(row) for row in rows], dtype=torch.int64)
-        stop_ids = torch.full((len(rows), 1), NO_STOP)
-        return batch._replace(stop_ids=stop_ids, max_new_tokens=limits)
+Call = Callable[[Path, str], None]  # answers the prompts of a file with so many tokens each
 
 
-def ours(args: argparse.Namespace, folder: Path, data: FixedLengths) -> Callable[[], None]:
+def num_new(row: Row, tokenizer: Tokenizer, new: str) -> int:
+    """Tokens to generate, an end token included where they are the reference's."""
+    return len(tokenizer.encode(row.output)) + 1 if new == "reference" else int(new)
+
+
+def ours(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Call:
     """Make a call of `predict`; the weights are read by the first."""
+    # Here, because the other peer's environment need not have Lightning.
+    from llama_lightning import LlamaModule, Trainer
+    from tests.benchmarks.folded import FixedLengths
+
     module = LlamaModule(base_model=str(folder), base_dtype=args.dtype)
     trainer = Trainer(
         accelerator=args.device,
@@ -66,34 +61,42 @@ def ours(args: argparse.Namespace, folder: Path, data: FixedLengths) -> Callable
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    return lambda: trainer.predict(module, datamodule=data, return_predictions=False)
+
+    def call(records: Path, new: str) -> None:
+        data = FixedLengths(
+            predict_path=str(records), base_folder=str(folder), eval_batch_size=args.batch
+        )
+        data.tokenizer = tokenizer  # is read once, as the other peer does
+        data.vocab_size = SHAPES[args.shape].vocab_size
+        data.num_new = lambda row: num_new(row, tokenizer, new)
+        trainer.predict(module, datamodule=data, return_predictions=False)
+
+    return call
 
 
-def huggingface(args: argparse.Namespace, folder: Path, data: FixedLengths) -> Callable[[], None]:
-    """Make a call that answers all rows with transformers."""
+def huggingface(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Call:
+    """Make a call that answers all prompts with transformers."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
     model.to(args.device).generation_config.eos_token_id = None
-    data.setup("predict")
 
     @torch.inference_mode()
-    def call() -> None:
-        rows = data.predict_rows
+    def call(records: Path, new: str) -> None:
+        rows = list(read_rows(records, need_output=False))
         for start in range(0, len(rows), args.batch):
-            batch = data.prompts(rows[start : start + args.batch])
-            prompts = [p.tolist() for p in batch.tokens.tensor_split(batch.boundaries[1:-1])]
+            batch = rows[start : start + args.batch]
+            prompts = [encode_prompt(row, tokenizer, TEMPLATES["alpaca"]) for row in batch]
             longest = max(map(len, prompts))
             ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-            assert batch.max_new_tokens is not None
-            new = int(batch.max_new_tokens.max())
+            most = max(num_new(row, tokenizer, new) for row in batch)
             model.generate(
-                ids.to(args.device),
+                (ids % model.config.vocab_size).to(args.device),
                 attention_mask=mask.to(args.device),
                 do_sample=False,
-                max_new_tokens=new,
-                min_new_tokens=new,
+                max_new_tokens=most,
+                min_new_tokens=most,
                 pad_token_id=0,
             )
 
@@ -102,27 +105,29 @@ def huggingface(args: argparse.Namespace, folder: Path, data: FixedLengths) -> C
 
 def measure(args: argparse.Namespace, folder: Path, records: Path) -> dict[str, Any]:
     """Call once to warm up, then time the calls."""
-    data = FixedLengths(
-        predict_path=str(records), base_folder=str(folder), eval_batch_size=args.batch
-    )
-    data.new = args.new
-    call = (ours if args.peer == "llama_lightning" else huggingface)(args, folder, data)
-    walls, cpus = [], []
-    for number in range(args.repeats + 1):
-        if number == 0:  # a warm-up need not answer all rows
-            few = records.with_name("few.json")
-            few.write_text(json.dumps(json.loads(records.read_text())[: args.batch]))
-            data.predict_path, data.new = str(few), "2"
+    tokenizer = Tokenizer.from_path(folder)
+    call = (ours if args.peer == OURS else huggingface)(args, folder, tokenizer)
+
+    def timed(file: Path, new: str) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
-        call()
+        call(file, new)
         synchronize(args.device)
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-        if number == 0:
-            data.predict_path, data.new = str(records), args.new
-            data.setup("predict")
-    rows = data.predict_rows
-    new_tokens = sum(data.num_new(row) for row in rows)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    few = records.with_name("few.json")  # a warm-up need not answer all rows
+    few.write_text(json.dumps(json.loads(records.read_text())[: args.batch]))
+    timed(few, "2")
+    rows = list(read_rows(records, need_output=False))
+    walls, cpus, decoding = [], [], []
+    for _ in range(args.repeats):
+        wall, cpu = timed(records, args.new)
+        walls.append(wall)
+        cpus.append(cpu)
+        if args.new != "reference" and (fewer := int(args.new) // 8):
+            steps = (int(args.new) - fewer) * -(-len(rows) // args.batch)
+            decoding.append(1e3 * (wall - timed(records, str(fewer))[0]) / steps)
+    new_tokens = sum(num_new(row, tokenizer, args.new) for row in rows)
+    prompts = [encode_prompt(row, tokenizer, TEMPLATES["alpaca"]) for row in rows]
     return {
         "peer": args.peer,
         "mode": "gen",
@@ -133,46 +138,86 @@ def measure(args: argparse.Namespace, folder: Path, records: Path) -> dict[str, 
         "rows": len(rows),
         "new": args.new,
         "tag": os.environ.get("PEER_TAG", ""),
-        "new_tok_s": round(new_tokens / statistics.median(walls[1:]), 2),
-        "new_tok_s_cpu": round(new_tokens / statistics.median(cpus[1:]) * args.threads, 2),
-        "call_s": [round(seconds, 3) for seconds in walls[1:]],
-        "call_cpu_s": [round(seconds, 3) for seconds in cpus[1:]],
+        "new_tok_s": round(new_tokens / statistics.median(walls), 2),
+        "new_tok_s_cpu": round(new_tokens / statistics.median(cpus) * args.threads, 2),
+        **({"decode_step_ms": round(statistics.median(decoding), 2)} if decoding else {}),
+        "call_s": [round(seconds, 3) for seconds in walls],
+        "call_cpu_s": [round(seconds, 3) for seconds in cpus],
         "new_tokens": new_tokens,
-        "prompt_tokens": len(data.prompts(rows).tokens),
+        "prompt_tokens": sum(map(len, prompts)),
+        "waiting": {name: os.environ[name] for name in WAITING if name in os.environ},
         "machine": machine_name(args.device),
         "torch": torch.__version__,
         **memory(args.device),
     }
 
 
-def compare(args: argparse.Namespace, rest: list[str]) -> None:
-    """Run ours and transformers in turn, each in a process of its own; print lines and ratios."""
-    lines: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
-    for _ in range(args.repeats):
-        for rows, batch, new in PLAN:
-            for peer in ("llama_lightning", "hf"):
-                command = [sys.executable, "-m", "tests.benchmarks.generate", *rest]
-                command += ["--peer", peer, "--rows", str(rows), "--batch", str(batch)]
-                command += ["--new", new, "--repeats", "1"]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                line = json.loads(done.stdout.splitlines()[-1])
-                print(json.dumps(line), flush=True)
-                both = lines.setdefault((rows, batch, new), {})
-                both.setdefault(peer, []).append(line)
-    print("| rows | batch | new tokens | ours, tokens/s | hf | ratio | by CPU | RSS, ours / hf |")
-    print("|---|---|---|---|---|---|---|---|")
-    for size, both in lines.items():
-        mine, theirs = (
-            {
-                key: statistics.median(line[key] for line in both[peer])
-                for key in ("new_tok_s", "new_tok_s_cpu", "peak_rss_gib")
-            }
-            for peer in ("llama_lightning", "hf")
-        )
-        cells = [*size, mine["new_tok_s"], theirs["new_tok_s"]]
-        cells += [f"{mine[key] / theirs[key]:.2f}" for key in ("new_tok_s", "new_tok_s_cpu")]
-        cells.append(f"{mine['peak_rss_gib']} / {theirs['peak_rss_gib']} GiB")
-        print(f"| {' | '.join(map(str, cells))} |")
+class Entry(NamedTuple):
+    """What is answered: some rows of equal answers, or a data set of uneven ones."""
+
+    title: str
+    batch: int
+    rows: int | None = None  # by default --set-rows
+    new: str = "reference"
+    records: str = SHORT
+
+
+PLAN = {
+    "batch1": Entry("64 tokens each", 1, 4, "64"),
+    "batch8": Entry("64 tokens each", 8, 16, "64"),
+    "batch32": Entry("64 tokens each", 32, 64, "64"),
+    "set8": Entry("as long as the reference, short", 8),
+    "set32": Entry("as long as the reference, short", 32),
+    "long8": Entry("as long as the reference, long", 8, records=LONG),
+    "long32": Entry("as long as the reference, long", 32, records=LONG),
+}
+
+
+def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
+    """Name the measurements."""
+    waiting = {name: os.environ.get(name, "") for name in WAITING}
+    waiting = waiting if any(waiting.values()) else WAITING
+    found = {}
+    for key, (_, batch, rows, new, records) in PLAN.items():
+        flags = [
+            "--shape",
+            args.shape,
+            "--records",
+            DATA / records,
+            "--rows",
+            rows or args.set_rows,
+        ]
+        flags += ["--batch", batch, "--new", new, "--repeats", 1, "--threads", args.threads]
+        command = interleaved.measurement("generate", [*flags, "--peer"])
+        found[key] = [
+            Job(OURS, [*command, OURS], waiting),
+            Job(HF, [args.hf, *command[1:], HF], waiting),
+        ]
+    return found
+
+
+def table(runs: Runs) -> list[str]:
+    """Lay out medians and ratios to transformers; of steps' times how often ours fits in theirs."""
+    keys = ("new_tok_s", "new_tok_s_cpu", "decode_step_ms", "peak_rss_gib", "rows")
+    rows: list[list[object]] = []
+    for key, lines in runs.items():
+        figures, entry = interleaved.medians(lines, keys), PLAN[key]
+        mine, theirs = (figures.get(peer, {}) for peer in (OURS, HF))
+        if not mine:
+            continue
+        row = [key, entry.title, entry.batch, f"{mine['rows']:.0f}"]
+        for name in ("new_tok_s", "new_tok_s_cpu"):
+            row += [mine[name], theirs.get(name), interleaved.ratio(mine[name], theirs.get(name))]
+        step, other = mine.get("decode_step_ms"), theirs.get("decode_step_ms")
+        row += [step, other, interleaved.ratio(other, step) if step and other else None]
+        memory = (mine["peak_rss_gib"], theirs.get("peak_rss_gib"))
+        rows.append([*row, *memory, interleaved.ratio(*memory)])
+    head = ["what", "answers", "batch", "rows", "tok/s", "hf", "ratio"]
+    head += ["by CPU time", "hf", "ratio", "decode step, ms", "hf", "gain"]
+    return interleaved.markdown(head + ["peak GiB", "hf", "ratio"], rows)
+
+
+PART = Part("generate", "Generation beside transformers", groups, table)
 
 
 def main() -> None:
@@ -181,10 +226,10 @@ def main() -> None:
         prog="python -m tests.benchmarks.generate", description=__doc__
     )
     parser.add_argument("--peers", action="store_true", help="ours and transformers in turn")
-    parser.add_argument("--peer", choices=["llama_lightning", "hf"], default="llama_lightning")
+    parser.add_argument("--peer", choices=[OURS, HF], default=OURS)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b-4l")
-    parser.add_argument("--records", type=Path, default=SHARED / "instruction-data.json")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "llama3-tokenizer.model")
+    parser.add_argument("--records", type=Path, default=DATA / SHORT)
+    parser.add_argument("--tokenizer", type=Path, default=DATA / "llama3-tokenizer.model")
     parser.add_argument("--rows", type=int, default=16, help="prompts to answer")
     parser.add_argument("--batch", type=int, default=8, help="answered at a time")
     parser.add_argument("--new", default="64", help="tokens an answer, or: reference")
@@ -193,9 +238,6 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    if args.peers:
-        compare(args, [argument for argument in sys.argv[1:] if argument != "--peers"])
-        return
     torch.set_num_threads(args.threads)
     folder = kept_random_llama(args.shape, args.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
@@ -205,4 +247,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if "--peers" in sys.argv:
+        sys.argv.remove("--peers")
+        interleaved.main(PART, __doc__)
+    else:
+        main()

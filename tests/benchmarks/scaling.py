@@ -1,53 +1,131 @@
 """`python -m tests.benchmarks.scaling`: how time and memory of a step grow.
 
-Trains a narrow shape in full on generated records and changes one thing at a time: records a step,
-words an answer, vocabulary, threads. Prints a table; time a token should stand still and memory
-grow with the tokens alone.
+Trains a narrow shape in full and changes one thing at a time: records a step, words an answer,
+vocabulary; the lengths of records, at the same tokens a step; and the processes that share a step.
+Time a token should stand still, and memory grow with the tokens alone.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-BASE = {"mode": "full", "shape": "s512v4k", "generated": 400, "batch": 8, "words": 60, "steps": 3}
-CHANGES: list[dict[str, str | int]] = [
-    {},
-    {"batch": 2},
-    {"batch": 32},
-    {"words": 15},
-    {"words": 240},
-    {"words": 960, "max-seq-len": 2048},
-    {"shape": "s512"},
-    {"shape": "s512", "batch": 32},
-    {"threads": 1},
-]
+from tests.benchmarks.interleaved import (
+    Job,
+    Line,
+    Part,
+    Runs,
+    main,
+    markdown,
+    measurement,
+    medians,
+    ratio,
+)
+
+Flags = Mapping[str, object]
+RECORDS = 32  # of the comparison of lengths: a step is the whole file
+BASE: Flags = {"mode": "full", "shape": "s512v4k", "generated": 400, "batch": 8, "words": 60}
+SIZES: dict[str, Flags] = {
+    "8 records, 60 words an answer, vocabulary 4,096": {},
+    "2 records": {"batch": 2},
+    "32 records": {"batch": 32},
+    "15 words": {"words": 15},
+    "240 words": {"words": 240},
+    "960 words": {"words": 960, "max-seq-len": 2048},
+    "vocabulary 128,256": {"shape": "s512"},
+    "vocabulary 128,256, 32 records": {"shape": "s512", "batch": 32},
+}
+PROCESSES: dict[str, Flags] = {
+    "1 process of 2 threads": {"batch": 32, "threads": 2},
+    "2 processes of 1 thread": {"batch": 32, "threads": 1, "devices": 2},
+    "1 process of 1 thread": {"batch": 32, "threads": 1},
+}
 
 
-def main() -> None:
-    """Measure each change in a process of its own and print a row for it."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scaling", description=__doc__)
-    parser.parse_args()
-    print("| change | tokens a step | CPU ms a token | tok/s | peak GiB |\n|---|---|---|---|---|")
-    for change in CHANGES:
-        flags = [word for key, value in {**BASE, **change}.items() for word in (f"--{key}", value)]
-        command = [sys.executable, "-m", "tests.benchmarks.step", *map(str, flags)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-        output = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-        ).stdout
-        result = json.loads(output.strip().split("\n")[-1])
-        milliseconds = 1e3 * sum(result["step_cpu_s"]) / result["tokens"]
-        name = ", ".join(f"{key} {value}" for key, value in change.items()) or "none"
-        print(
-            f"| {name} | {result['tokens'] // BASE['steps']} | {milliseconds:.2f} "
-            f"| {result['tok_s']:.0f} | {result['peak_rss_gib']:.2f} |",
-            flush=True,
-        )
+def evened(sizes: Sequence[int]) -> list[int]:
+    """As many sizes of the same sum, equal up to 1."""
+    size, rest = divmod(sum(sizes), len(sizes))
+    return [size + (number < rest) for number in range(len(sizes))]
 
+
+def lengths(equal: bool) -> list[tuple[int, int]]:
+    """Words of an instruction and of its answer, spread as in Alpaca or evened out."""
+    rng = random.Random(0)
+    words = [
+        [min(400, 1 + round(rng.lognormvariate(*spread))) for _ in range(RECORDS)]
+        for spread in ((2.3, 0.4), (3.6, 1.0))
+    ]
+    instructions, answers = map(evened, words) if equal else words
+    return list(zip(instructions, answers, strict=True))
+
+
+def write_records(path: Path, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Write records of words that are one token each, so that words count tokens."""
+    rng = random.Random(0)
+    some = ["the", "of", "a", "to", "in", "is", "for", "on", "with", "as", "by", "at", "from"]
+    texts = [[" ".join(rng.choices(some, k=size)) for size in record] for record in sizes]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([{"instruction": i, "output": o} for i, o in texts]))
+    return path
+
+
+def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
+    """Name the measurements; what the others of a group are compared with is its first."""
+    folder = Path(tempfile.gettempdir()) / "llama_lightning_benchmarks"
+    spread: dict[str, Flags] = {
+        f"records of {name} lengths": {
+            "records": write_records(folder / f"lengths-{name}.json", lengths(name == "equal")),
+            "generated": 0,
+            "batch": RECORDS,
+            "no-prefix-sharing": "",
+        }
+        for name in ("equal", "Alpaca's")
+    }
+
+    def job(name: str, change: Flags) -> Job:
+        flags = {**BASE, "threads": args.threads, "steps": args.steps, **change}
+        words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+        return Job(name, measurement("step", [word for word in words if word]))
+
+    changes = {"size": SIZES, "lengths": spread, "processes": PROCESSES}
+    return {key: [job(*change) for change in several.items()] for key, several in changes.items()}
+
+
+def with_rates(line: Line) -> Line:
+    """Add what a measurement comes to by step and by token."""
+    if "error" in line:
+        return line
+    milliseconds = 1e3 * sum(line["step_cpu_s"]) / line["tokens"]
+    return line | {
+        "tokens_a_step": line["tokens"] / len(line["step_s"]),
+        "ms_a_token": milliseconds,
+    }
+
+
+def table(runs: Runs) -> list[str]:
+    """Lay out medians, and the speed beside that of the group's first."""
+    rows: list[list[object]] = []
+    for lines in runs.values():
+        keys = ("tokens_a_step", "ms_a_token", "tok_s", "rows_real", "cells_real", "peak_rss_gib")
+        figures = medians([with_rates(line) for line in lines], keys)
+        first = figures.get(lines[0]["name"], {}) if lines else {}
+        for name, values in figures.items():
+            row: list[object] = [name, f"{values['tokens_a_step']:.0f}", f"{values['tok_s']:.0f}"]
+            row.append(None if values is first else ratio(values["tok_s"], first.get("tok_s")))
+            row.append(f"{values['ms_a_token']:.2f}")
+            row.append(
+                None if values is first else ratio(values["ms_a_token"], first.get("ms_a_token"))
+            )
+            row += [f"{100 * values[key]:.1f} %" for key in ("rows_real", "cells_real")]
+            rows.append([*row, f"{values['peak_rss_gib']:.2f}"])
+    head = ["change", "tokens a step", "tok/s", "to the first of its kind", "CPU ms a token"]
+    head += ["to the first", "rows not pads", "attention's cells not pads", "peak GiB of a process"]
+    return markdown(head, rows)
+
+
+PART = Part("scaling", "How a step grows", groups, table, shaped=False)
 
 if __name__ == "__main__":
-    main()
+    main(PART, __doc__)

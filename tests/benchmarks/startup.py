@@ -1,40 +1,62 @@
 """`python -m tests.benchmarks.startup`: from the start of a process to the end of its first step.
 
 One LoRA step (q, k, v, o; rank 16) of a few records on a checkpoint that is there, by this project
-and by transformers with PEFT, each in a process of its own and in turn; and the time of `--help`.
-Both read the same safetensors in bf16 and the same tokens. Prints a JSON line a process, then one
-with medians and ratios, by wall and by CPU time.
+and by transformers with PEFT, each in a process of its own and in turn; the time of `--help`; and
+of a process that tokenises one text. Both read the same safetensors in bf16 and the same tokens.
+`--peer` measures one: wall and CPU time since its process began, as a JSON line.
 """
 
 import argparse
+import contextlib
+import io
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+from tests.benchmarks import interleaved
+from tests.benchmarks.interleaved import Job, Part, Runs
+from tests.benchmarks.machine import machine_name, memory, seconds_since_start
+
+DATA = interleaved.SHARED / "data"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+OURS, HF, HELP, TOKENIZER = "llama_lightning", "hf", "help", "tokenizer"
+HEAVY = ("torch", "lightning", "transformers", "bitsandbytes", "tensorboard")
 
 
-def ours(args: argparse.Namespace, folder: Path) -> None:
+def show(args: argparse.Namespace) -> None:
+    """Print what has passed since the process began, and what heavy packages it has imported."""
+    seconds = {"wall_s": round(seconds_since_start(), 2), "cpu_s": round(time.process_time(), 2)}
+    imported = [name for name in HEAVY if name in sys.modules]
+    line = {"peer": args.peer, "mode": "startup", "shape": args.shape, **seconds}
+    line |= {"imported": imported, "machine": machine_name("cpu"), **memory("cpu")}
+    print(json.dumps(line), flush=True)
+
+
+def ours(args: argparse.Namespace, folder: Path, cache: Path) -> None:
     """Fit for one step."""
-    from llama_lightning import AlpacaDataModule, LlamaModule, LoRAConfig, Trainer
+    from lightning.pytorch import Callback
+
+    from llama_lightning import LlamaModule, LoRAConfig, Trainer
+    from tests.benchmarks.folded import FoldedData
+
+    class Show(Callback):
+        def on_train_batch_end(self, *_, **__):
+            show(args)
 
     module = LlamaModule(
         base_model=str(folder), lora=LoRAConfig(rank=16, alpha=32, target_modules=TARGETS)
     )
-    data = AlpacaDataModule(
+    data = FoldedData(
         str(args.records),
         val_fraction=0.0,
         test_fraction=0.0,
         base_folder=str(folder),
         batch_size=args.batch,
+        cache_dir=str(cache),  # empty: the records are tokenised, as the other peer does
     )
+    data.vocab_size = vocab_size(folder)
     trainer = Trainer(
         accelerator="cpu",
         precision="bf16-mixed",
@@ -42,11 +64,12 @@ def ours(args: argparse.Namespace, folder: Path) -> None:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        callbacks=[Show()],
     )
     trainer.fit(module, datamodule=data)
 
 
-def huggingface(args: argparse.Namespace, folder: Path) -> None:
+def huggingface(args: argparse.Namespace, folder: Path, cache: Path) -> None:
     """The same by hand, with a padded batch."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -66,64 +89,103 @@ def huggingface(args: argparse.Namespace, folder: Path) -> None:
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    batch = encoded[: args.batch]
+    batch, size = encoded[: args.batch], vocab_size(folder)
     longest = max(len(e.tokens) for e in batch)
-    pads = [longest - len(e.tokens) for e in batch]
-    labels = [[t if learnt else -100 for t, learnt in zip(*e[:2], strict=True)] for e in batch]
+    ids, labels, mask = [], [], []
+    for tokens, learnt, *_ in batch:
+        pads = longest - len(tokens)
+        folded = [token % size for token in tokens]
+        ids.append(folded + [0] * pads)
+        labels.append(
+            [t if is_learnt else -100 for t, is_learnt in zip(folded, learnt, strict=True)]
+        )
+        labels[-1] += [-100] * pads
+        mask.append([1] * len(tokens) + [0] * pads)
     model(
-        input_ids=torch.tensor([e.tokens + [0] * n for e, n in zip(batch, pads, strict=True)]),
-        attention_mask=torch.tensor([[1] * (longest - n) + [0] * n for n in pads]),
-        labels=torch.tensor([x + [-100] * n for x, n in zip(labels, pads, strict=True)]),
+        input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)
     ).loss.backward()
     optimizer.step()
+    show(args)
 
 
-def run(command: list[str]) -> dict[str, Any]:
-    """Time a process from its start to its end."""
-    start, before = time.perf_counter(), os.times()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wall, after = time.perf_counter() - start, os.times()
-    cpu = sum(after[i] - before[i] for i in (2, 3))  # of children, in user and system mode
-    return {"wall_s": round(wall, 2), "cpu_s": round(cpu, 2)}
+def print_help(args: argparse.Namespace, folder: Path, cache: Path) -> None:
+    """Answer `python -m llama_lightning --help`."""
+    from llama_lightning.cli import main
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["--help"])
+    show(args)
+
+
+def tokenize(args: argparse.Namespace, folder: Path, cache: Path) -> None:
+    """Read the tokenizer and encode a text."""
+    from llama_lightning.data.tokenizer import Tokenizer
+
+    Tokenizer.from_path(folder).encode("The quick brown fox")
+    show(args)
+
+
+def vocab_size(folder: Path) -> int:
+    """The shape's, which may be smaller than the tokenizer's."""
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
+PEERS = {OURS: ours, HF: huggingface, HELP: print_help, TOKENIZER: tokenize}
+
+
+def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
+    """Name the measurements, and write the checkpoint that they read."""
+    from tests.random_llama import kept_random_llama  # torch: not in the processes that are timed
+
+    kept_random_llama(args.shape, DATA / "llama3-tokenizer.model")
+    command = interleaved.measurement("startup", ["--shape", args.shape, "--peer"])
+
+    def job(peer: str) -> Job:
+        return Job(peer, [*(command if peer != HF else [args.hf, *command[1:]]), peer])
+
+    return {"step": [job(OURS), job(HF)], "light": [job(HELP), job(TOKENIZER)]}
+
+
+def table(runs: Runs) -> list[str]:
+    """Lay out medians and ratios to transformers."""
+    titles = {
+        OURS: "first LoRA step done",
+        HF: "the same by transformers + PEFT",
+        HELP: "`--help`",
+        TOKENIZER: "one text tokenised",
+    }
+    imported = {line["name"]: line.get("imported") for lines in runs.values() for line in lines}
+    rows: list[list[object]] = []
+    for lines in runs.values():
+        figures = interleaved.medians(lines, ("wall_s", "cpu_s"))
+        for name, values in figures.items():
+            hf = figures.get(HF, {}) if name == OURS else {}
+            row: list[object] = [titles[name]]
+            for key in ("wall_s", "cpu_s"):
+                row += [f"{values[key]:.2f}", interleaved.ratio(values[key], hf.get(key))]
+            rows.append([*row, ", ".join(imported[name] or []) or "none of them"])
+    head = ["what", "seconds", "to hf", "CPU seconds", "to hf", f"imports of {', '.join(HEAVY)}"]
+    return interleaved.markdown(head, rows)
+
+
+PART = Part("startup", "Start-up", groups, table)
 
 
 def main() -> None:
-    """Measure in turn and print."""
+    """Measure one process, this one."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.startup", description=__doc__)
-    parser.add_argument("--peer", choices=["llama_lightning", "hf"], help="one process; no timing")
-    parser.add_argument("--shape", default="1b-4l", help="as in tests/random_llama.py")
-    parser.add_argument("--records", type=Path, default=SHARED / "instruction-data.json")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "llama3-tokenizer.model")
+    parser.add_argument("--peer", choices=list(PEERS), required=True)
+    parser.add_argument("--shape", default=interleaved.DEFAULT_SHAPE)
+    parser.add_argument("--records", type=Path, default=DATA / "instruction-data.json")
     parser.add_argument("--batch", type=int, default=4, help="records in the step")
-    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "llama_lightning_benchmarks" / args.shape
-    if args.peer is not None:
-        (ours if args.peer == "llama_lightning" else huggingface)(args, folder)
-        return
-    from tests.random_llama import kept_random_llama  # torch: not in the processes that are timed
-
-    kept_random_llama(args.shape, args.tokenizer)
-    this = [sys.executable, "-m", "tests.benchmarks.startup", *sys.argv[1:], "--peer"]
-    commands = {
-        "llama_lightning": [*this, "llama_lightning"],
-        "hf": [*this, "hf"],
-        "help": [sys.executable, "-m", "llama_lightning", "--help"],
-    }
-    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
-    for _ in range(args.repeats):
-        for name, command in commands.items():
-            lines[name].append(run(command))
-            print(json.dumps({"peer": name, "mode": "startup", **lines[name][-1]}), flush=True)
-    medians = {
-        name: {key: statistics.median(line[key] for line in ran) for key in ran[0]}
-        for name, ran in lines.items()
-    }
-    ratios = {
-        key: round(medians["llama_lightning"][key] / medians["hf"][key], 2) for key in medians["hf"]
-    }
-    print(json.dumps({"mode": "startup", "shape": args.shape, **medians, "ratio": ratios}))
+    with tempfile.TemporaryDirectory() as cache:
+        PEERS[args.peer](args, folder, Path(cache))
 
 
 if __name__ == "__main__":
-    main()
+    if "--peer" in sys.argv:
+        main()
+    else:
+        interleaved.main(PART, __doc__)

@@ -3,7 +3,10 @@
 Fits random weights of a real shape on real records with AlpacaDataModule, LlamaModule and Trainer
 and prints one JSON line. Tokens are those of records. `tok_s_cpu` divides by CPU seconds a thread:
 it holds still when others use the cores too (with OMP_WAIT_POLICY=PASSIVE). `wait` is the part of
-the time in which the loop waits for its next batch.
+the time in which the loop waits for its next batch. `rows_real` is the part of the network's rows,
+and `cells_real` of the cells of attention's grids, that is no padding. `mfu` counts 4 (LoRA) or 6
+(full) operations a weight for each token, also where a step leaves them out: it may pass 1. Of
+several processes (`--devices`) tokens and CPU time are summed; `wait` and memory are the first's.
 """
 
 import argparse
@@ -19,15 +22,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.utilities import rank_zero_only
+from torch import distributed
 
-from llama_lightning.data.alpaca import AlpacaDataModule
-from llama_lightning.data.token_file import Examples
+from llama_lightning.model.attention import ragged_rows
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig
-from llama_lightning.records import Example
+from llama_lightning.records import Batch
 from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.optim import OptimizerConfig
 from llama_lightning.training.trainer import Trainer
+from tests.benchmarks.folded import FoldedData
 from tests.benchmarks.machine import (
     machine_name,
     matmul_ceiling,
@@ -46,65 +51,58 @@ PRECISION = {
 }
 
 
-class FoldedExamples:
-    """Token numbers folded into a smaller vocabulary, for shapes narrower than the tokenizer."""
-
-    def __init__(self, examples: Examples, vocab_size: int) -> None:
-        self.examples, self.vocab_size = examples, vocab_size
-        self.lengths, self.num_targets = examples.lengths, examples.num_targets
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, i: int) -> Example:
-        example = self.examples[i]
-        return example._replace(
-            tokens=[t % self.vocab_size for t in example.tokens],
-            labels=[t % self.vocab_size if t >= 0 else t for t in example.labels],
-        )
-
-
-class FoldedData(AlpacaDataModule):
-    vocab_size: int
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self.train_examples = FoldedExamples(self.train_examples, self.vocab_size)
+def counts(batch: Batch, sharing: bool) -> dict[str, int]:
+    """Count what a micro-batch asks for, and the cells of the grids in which attention pads it."""
+    grids = ragged_rows(batch.boundaries).to_grids if len(batch.row_ids) else []
+    return {
+        "tokens": len(batch.tokens),
+        "supervised": int((batch.labels >= 0).sum()),
+        "distinct": len(batch.prefixes.distinct if sharing else batch.tokens),
+        "cells": sum(grid.numel() for grid in grids),
+    }
 
 
 class Clock(Callback):
-    """Wall and CPU seconds of each step, its batch's loading included, and its tokens."""
+    """Wall and CPU seconds of each step, its batch's loading included, and what it computed."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.steps: list[dict[str, float]] = []
         self.first_step_at_s = 0.0
+        self._batches: list[list[Batch]] = []  # of each step; they are counted outside the time
 
     def on_train_start(self, trainer, pl_module):
-        self._tokens = self._supervised = 0
+        def count(module, args, output):
+            self._rows += output[..., 0].numel()
+
+        # What is embedded is what the layers compute.
+        pl_module.model.model.embed_tokens.register_forward_hook(count)
         self._start()
 
     def _start(self) -> None:
+        self._rows = 0
+        self._batches.append([])
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self._tokens += len(batch.tokens)
-        self._supervised += int((batch.labels >= 0).sum())
+        self._batches[-1].append(batch)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         synchronize(self.device)
         self.first_step_at_s = self.first_step_at_s or seconds_since_start()
-        self.steps.append(
-            {
-                "wall": time.perf_counter() - self._wall,
-                "cpu": time.process_time() - self._cpu,
-                "tokens": self._tokens,
-                "supervised": self._supervised,
-                "loss": float(trainer.callback_metrics["train/loss"]),
-            }
-        )
-        self._tokens = self._supervised = 0
+        seconds = {"wall": time.perf_counter() - self._wall, "cpu": time.process_time() - self._cpu}
+        loss = float(trainer.callback_metrics["train/loss"])
+        self.steps.append({**seconds, "rows": self._rows, "loss": loss})
         self._start()
+
+    def on_train_end(self, trainer, pl_module):
+        """Add up what each process did; they wait for each other, so that their time is one's."""
+        for step, batches in zip(self.steps, self._batches, strict=False):
+            several = [counts(batch, pl_module.share_prefixes) for batch in batches]
+            step |= {name: sum(one[name] for one in several) for name in several[0]}
+            for name in ("cpu", "rows", *several[0]):
+                value = torch.tensor(step[name], dtype=torch.float64, device=pl_module.device)
+                step[name] = float(trainer.strategy.reduce(value, reduce_op="sum"))
 
 
 class Quiet(SimpleProfiler):
@@ -149,6 +147,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "llama3-tokenizer.model")
     parser.add_argument("--batch", type=int, default=9, help="records a step")
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1, help="processes, of --threads each")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
     parser.add_argument("--warmup", type=int, default=1, help="steps before those")
     parser.add_argument("--targets", choices=["attn", "all"], default="attn")
@@ -191,7 +190,8 @@ def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Q
     clock, profiler = Clock(args.device), Quiet()
     trainer = Trainer(
         accelerator=args.device,
-        devices=1,
+        devices=args.devices,
+        strategy="auto" if args.devices == 1 else "ddp",
         precision=PRECISION[args.mode, args.dtype],
         max_steps=args.warmup + args.steps,
         accumulate_grad_batches=args.accumulate,
@@ -210,7 +210,8 @@ def report(
 ) -> dict[str, Any]:
     """Make the JSON line's content."""
     steps = clock.steps[args.warmup :]
-    tokens, wall, cpu = (sum(s[key] for s in steps) for key in ("tokens", "wall", "cpu"))
+    total = {key: sum(s[key] for s in steps) for key in steps[0]}
+    tokens, wall = round(total["tokens"]), total["wall"]
     config = SHAPES[args.shape]
     with torch.device("meta"):
         weights = sum(p.numel() for p in Llama(config).parameters())
@@ -224,19 +225,23 @@ def report(
         "dtype": args.dtype,
         "targets": args.targets,
         "batch": args.batch,
+        "devices": args.devices,
+        "threads": args.threads,
         "prefixes": not args.no_prefix_sharing,
         "tag": os.environ.get("PEER_TAG", ""),
         "tok_s": round(tokens / wall, 2),
         "tok_s_median": round(statistics.median(s["tokens"] / s["wall"] for s in steps), 2),
-        "tok_s_cpu": round(tokens / cpu * args.threads, 2),
+        "tok_s_cpu": round(tokens / total["cpu"] * args.threads * args.devices, 2),
         "step_s": [round(s["wall"], 3) for s in steps],
         "step_cpu_s": [round(s["cpu"], 3) for s in steps],
         "tokens": tokens,
-        "supervised": sum(s["supervised"] for s in steps),
+        "supervised": round(total["supervised"]),
+        "rows_real": round(total["distinct"] / total["rows"], 4),
+        "cells_real": round(tokens / total["cells"], 4),
         "wait": round(sum(waits) / wall, 5),
         "first_step_at_s": round(clock.first_step_at_s, 2),
         "ceiling_gflops": round(ceiling),
-        "mfu": round(flop_a_token * tokens / wall / ceiling / 1e9, 3),
+        "mfu": round(flop_a_token * tokens / wall / ceiling / args.devices / 1e9, 3),
         "losses": [round(s["loss"], 6) for s in clock.steps],
         "machine": machine_name(args.device),
         "torch": torch.__version__,
@@ -256,6 +261,11 @@ def main() -> None:
             records = Path(scratch) / "records.json"
             generate_records(records, args.generated, args.words)
         clock, profiler = fit(args, folder, records)
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()  # gloo's threads may abort a process that ends
+    if rank_zero_only.rank:
+        return
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     ceiling = matmul_ceiling(dtype, args.device)
     print(json.dumps(report(args, clock, profiler, ceiling)), flush=True)

@@ -1,4 +1,4 @@
-"""The benchmark runs and prints one line with the keys that the table of peers is made of."""
+"""The measurements run and print one line with the keys that the tables are made of."""
 
 import json
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import step
-from tests.benchmarks.peers import groups, table
 from tests.small import write_byte_tokenizer
 
 
@@ -38,17 +37,3 @@ def test_a_step_is_measured(
     assert 0 < result["wait"] < 1
     assert result["first_step_at_s"] > 0
     assert result["peak_rss_gib"] > 0
-
-
-def test_ratios_are_those_of_medians_to_the_best_peer() -> None:
-    def one(name: str, tok_s: float, cpu: float) -> dict:
-        return {"name": name, "tok_s": tok_s, "tok_s_cpu": cpu, "peak_rss_gib": 1.0}
-
-    runs = [one("hf", 10, 30), one("litgpt", 20, 20), one("ours", 30, 60)]
-    runs += [one("hf", 12, 30), one("litgpt", 20, 20), one("ours", 50, 60), one("ours", 40, 60)]
-    rows = table(groups("1b-4l")["full"], runs)
-    assert [row.split(" | ")[1:6] for row in rows] == [
-        ["hf", "11.0", "", "30.0", ""],
-        ["litgpt", "20.0", "", "20.0", ""],
-        ["ours", "40.0", "2.00", "60.0", "2.00"],
-    ]

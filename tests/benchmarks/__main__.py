@@ -1,0 +1,26 @@
+"""`python -m tests.benchmarks`: every part of the benchmark, or the parts named, as one document.
+
+One process measures at a time. Each part keeps its measurements in results/PART.json (with --shape
+in results/PART-SHAPE.json), from which --print makes the document again.
+"""
+
+from tests.benchmarks import generate, peers, scaling, startup, waiting
+from tests.benchmarks.interleaved import check_names, document, measure, options
+
+PARTS = {module.PART.name: module.PART for module in (peers, generate, startup, waiting, scaling)}
+
+
+def main() -> None:
+    """Measure, and print what there is."""
+    parser = options("", __doc__)
+    args = parser.parse_args()
+    check_names(parser, args.names, PARTS)
+    parts = [part for name, part in PARTS.items() if not args.names or name in args.names]
+    if not args.print:
+        for part in parts:
+            measure(part, args)
+    print(document(part.file(args) for part in parts))
+
+
+if __name__ == "__main__":
+    main()

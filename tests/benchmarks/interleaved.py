@@ -1,0 +1,221 @@
+"""Measurements run in turn, one process at a time, and the table of their medians.
+
+A part of the benchmark is groups of named commands, each of which prints one JSON line. They run
+1, 2, 3, 1, 2, 3 ..., so that what else the machine does meets all alike. Every line is in the
+part's file before the next command starts. It does not know what is measured.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.benchmarks.machine import machine_name
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+RESULTS = Path(__file__).parent / "results"
+DEFAULT_SHAPE = "1b-4l"
+PACKAGES = ("torch", "lightning", "transformers", "peft", "litgpt", "torchtune")
+VERSIONS = """
+import json, sys
+from importlib import metadata
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+Line = dict[str, Any]  # what one process measured
+Runs = Mapping[str, Sequence[Line]]  # of each group
+
+
+class Job(NamedTuple):
+    """One process, one measurement."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str] = {}
+
+
+class Part(NamedTuple):
+    """What one table is made of."""
+
+    name: str
+    title: str
+    groups: Callable[[argparse.Namespace], dict[str, list[Job]]]
+    table: Callable[[Runs], list[str]]  # Markdown, of whatever there is so far
+    shaped: bool = True  # another --shape makes another file
+
+    def file(self, args: argparse.Namespace) -> Path:
+        """Where its measurements are kept."""
+        plain = args.shape == DEFAULT_SHAPE or not self.shaped
+        return Path(args.out, f"{self.name}.json" if plain else f"{self.name}-{args.shape}.json")
+
+
+def measurement(program: str, flags: Iterable[object]) -> list[str]:
+    """Make the command of one of this project's measurements, in this environment."""
+    return [sys.executable, "-m", f"tests.benchmarks.{program}", *map(str, flags)]
+
+
+def run(job: Job, threads: int) -> Line:
+    """Run one measurement; its JSON line, or one with its `error`."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # CPU time is then work, not waiting
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        **job.environment,
+    }
+    # An empty variable stands for none.
+    environment = {name: text for name, text in environment.items() if text}
+    process = subprocess.run(job.command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    if process.returncode or not lines:
+        return {"error": (process.stderr.strip() or "no result")[-600:]}
+    line: Line = json.loads(lines[-1])
+    return line
+
+
+def medians(lines: Sequence[Line], keys: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Take the median of each key over the repeats of each name; failed ones do not count."""
+    by_name: dict[str, list[Line]] = {}
+    for line in lines:
+        if "error" not in line:
+            by_name.setdefault(line["name"], []).append(line)
+    return {
+        name: {
+            key: statistics.median(line[key] for line in several)
+            for key in keys
+            if key in several[0]
+        }
+        for name, several in by_name.items()
+    }
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lay out a table; None is an empty cell."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join('' if x is None else str(x) for x in line)} |" for line in lines]
+
+
+def ratio(mine: float, theirs: float | None) -> str | None:
+    """Divide for a cell; nothing by nothing is an empty cell."""
+    return f"{mine / theirs:.2f}" if theirs else None
+
+
+def versions(args: argparse.Namespace) -> str:
+    """Say what is installed here and in the peers' environments."""
+    pythons = {"here": sys.executable, "hf": args.hf}
+    pythons |= {"litgpt": args.litgpt, "torchtune": args.torchtune}
+    texts = {}
+    for name, python in pythons.items():
+        if python and shutil.which(python) is None:
+            sys.exit(f"--{name} {python}: no such program; name the python of its environment")
+        if python and (name == "here" or python != sys.executable):
+            command = [python, "-c", VERSIONS, *PACKAGES]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found = json.loads(done.stdout)
+            texts[name] = ", ".join(f"{package} {found[package]}" for package in found)
+    return "; ".join(f"{name}: {text}" for name, text in texts.items())
+
+
+def write(file: Path, report: Mapping[str, Any]) -> None:
+    """Write beside and rename: a run that is killed leaves a whole file."""
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(report, indent=1) + "\n")
+    beside.replace(file)
+
+
+def measure(part: Part, args: argparse.Namespace, chosen: Sequence[str] = ()) -> None:
+    """Run a part, or the groups chosen of it, and keep every line as soon as it is there."""
+    groups = {key: jobs for key, jobs in part.groups(args).items() if not chosen or key in chosen}
+    runs: dict[str, list[Line]] = {key: [] for key in groups}
+    report: dict[str, Any] = {
+        "title": f"{part.title}, {args.shape}" if part.shaped else part.title,
+        "machine": machine_name("cpu"),
+        "versions": versions(args),
+        "repeats": args.repeats,
+        "runs": runs,
+    }
+    file = part.file(args)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for repeat in range(args.repeats):
+        for key, jobs in groups.items():
+            for job in jobs:
+                line = {"name": job.name, "repeat": repeat, **run(job, args.threads)}
+                runs[key].append(line)
+                write(file, {**report, "table": part.table(runs)})
+                print(f"{part.name} {key}, {job.name}: {brief(line)}", file=sys.stderr, flush=True)
+
+
+def brief(line: Line) -> str:
+    """What a reader who waits wants to see of a measurement."""
+    if "error" in line:
+        return f"failed\n{line['error']}"
+    figures = ("tok_s", "tok_s_cpu", "new_tok_s", "new_tok_s_cpu", "wall_s", "cpu_s", "wait")
+    return ", ".join(f"{key} {line[key]}" for key in figures if key in line)
+
+
+def document(files: Iterable[Path]) -> str:
+    """Make one Markdown text of the parts' files that are there."""
+    reports = [json.loads(file.read_text()) for file in files if file.is_file()]
+    lines = list(dict.fromkeys(f"{r['machine']}; {r['versions']}." for r in reports))
+    for report in reports:
+        lines += ["", f"## {report['title']}", "", f"Medians; repeats: {report['repeats']}.", ""]
+        lines += report["table"]
+        failed = {
+            f"{key}, {line['name']}": None
+            for key, several in report["runs"].items()
+            for line in several
+            if "error" in line
+        }
+        lines += ["", f"Failed: {'; '.join(failed)}."] if failed else []
+    return "\n".join(["# Benchmarks", "", *lines])
+
+
+def options(program: str, text: str | None) -> argparse.ArgumentParser:
+    """Make the options, which are the same for every part and for all of them."""
+    parser = argparse.ArgumentParser(prog=f"python -m tests.benchmarks{program}", description=text)
+    parser.add_argument("names", nargs="*", help="what to run; by default all")
+    parser.add_argument("--shape", default=DEFAULT_SHAPE, help="of the networks beside the peers")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a fit")
+    parser.add_argument("--set-rows", type=int, default=200, help="prompts of a data set to answer")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--hf", default=sys.executable, help="python with transformers and peft")
+    parser.add_argument("--litgpt", help="python with litgpt")
+    parser.add_argument("--torchtune", help="python with torchtune")
+    parser.add_argument(
+        "--script", type=Path, default=SHARED / "bench" / "peers.py", help="runs the peers' steps"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--print", action="store_true", help="print what has been measured before")
+    return parser
+
+
+def check_names(
+    parser: argparse.ArgumentParser, given: Sequence[str], known: Iterable[str]
+) -> None:
+    """Refuse a name that is none."""
+    if unknown := set(given) - set(known):
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+
+
+def main(part: Part, text: str | None) -> None:
+    """Run one part from the command line, and print its table."""
+    parser = options(f".{part.name}", text)
+    args = parser.parse_args()
+    if not args.print:
+        check_names(parser, args.names, part.groups(args))
+        measure(part, args, args.names)
+    print(document([part.file(args)]))

@@ -1,0 +1,227 @@
+"""The tables are those of the measurements, and a run that is killed keeps what it measured."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import generate, interleaved, peers, scaling, startup, waiting
+from tests.benchmarks.__main__ import PARTS
+from tests.benchmarks.interleaved import Job, Part, Runs
+
+ECHO = "import json, sys; print('noise'); print(json.dumps({'tok_s': float(sys.argv[1])}))"
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def part_of(*jobs: tuple[str, str, str]) -> Part:
+    """Make a part of one group, "g", whose jobs have a name, a program and its argument."""
+
+    def groups(args: object) -> dict[str, list[Job]]:
+        return {"g": [Job(name, [sys.executable, "-c", code, word]) for name, code, word in jobs]}
+
+    def table(runs: Runs) -> list[str]:
+        figures = interleaved.medians(runs["g"], ("tok_s",))
+        return interleaved.markdown(["who", "tok/s"], [[n, v["tok_s"]] for n, v in figures.items()])
+
+    return Part("some", "Some", groups, table)
+
+
+def test_jobs_run_in_turn_and_failures_are_named(tmp_path: Path) -> None:
+    part = part_of(("one", ECHO, "1"), ("two", ECHO, "2"), ("bad", "raise SystemExit('oh')", ""))
+    args = interleaved.options("", "").parse_args(["--repeats", "2", "--out", str(tmp_path)])
+    interleaved.measure(part, args)
+    kept = json.loads((tmp_path / "some.json").read_text())
+    lines = kept["runs"]["g"]
+    assert [(line["repeat"], line["name"]) for line in lines] == [
+        (repeat, name) for repeat in (0, 1) for name in ("one", "two", "bad")
+    ]
+    assert lines[2]["error"] == "oh"
+    text = interleaved.document([part.file(args)])
+    print(text)
+    assert kept["machine"] in text
+    assert "torch 2" in text
+    assert "| two | 2.0 |" in text
+    assert "| bad" not in text
+    assert text.endswith("Failed: g, bad.")
+
+
+def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from tests.benchmarks import interleaved, test_interleaved
+part = test_interleaved.part_of(
+    ("one", test_interleaved.ECHO, "1"), ("long", "import time; time.sleep(60)", "")
+)
+args = interleaved.options("", "").parse_args(["--out", {str(tmp_path)!r}])
+interleaved.measure(part, args)
+"""
+    file = tmp_path / "some.json"
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not file.is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # with its child, which sleeps
+        process.wait()
+    kept = json.loads(file.read_text())
+    assert [line["tok_s"] for line in kept["runs"]["g"]] == [1.0]
+    assert kept["table"][2:] == ["| one | 1.0 |"]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_whole_1b_shape_has_files_of_its_own(tmp_path: Path) -> None:
+    def names(*flags: str) -> list[str]:
+        args = interleaved.options("", "").parse_args(list(flags))
+        return [part.file(args).name for part in PARTS.values()]
+
+    assert names() == [f"{name}.json" for name in PARTS]
+    assert names("--shape", "1b") == [
+        *(f"{name}-1b.json" for name in ("peers", "generate", "startup")),
+        "waiting.json",
+        "scaling.json",
+    ]
+
+
+def test_the_variables_of_openmp_are_the_same_for_both_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = "import json, os; print(json.dumps({k: os.environ.get(k) for k in %r}))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+    def seen(policy: str | None) -> list[dict[str, str | None]]:
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if policy:
+            monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        jobs = generate.groups(interleaved.options("", "").parse_args([]))["batch1"]
+        command = [sys.executable, "-c", show % (names,)]
+        return [interleaved.run(job._replace(command=command), 1) for job in jobs]
+
+    ours = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "10000"}
+    users = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": None}
+    assert seen(None) == [ours, ours]
+    assert seen("ACTIVE") == [users, users]
+
+
+def test_ratios_are_those_of_medians_to_the_best_peer() -> None:
+    def one(name: str, tok_s: float, cpu: float, gib: float = 1.0, repeat: int = 0) -> dict:
+        line = {"name": name, "repeat": repeat, "tok_s": tok_s, "tok_s_cpu": cpu}
+        return line | {"peak_rss_gib": gib, "tokens": 900, "step_s": [1, 1, 1]}
+
+    runs = [one("hf", 10, 30, 2.0) | {"slot_s": 12.0}, one("litgpt", 20, 20), one("ours", 30, 60)]
+    runs += [one("hf", 12, 30, 2.0) | {"slot_s": 14.0}, one("litgpt", 20, 20), one("ours", 50, 60)]
+    runs += [one("ours", 40, 60), {"name": "torchtune", "repeat": 0, "error": "no"}]
+    rows = peers.table({"full": runs})
+    assert [cells(row)[1:] for row in rows[2:]] == [
+        ["hf", "300", "11.0", "13.0", "", "30.0", "", "2.00", ""],
+        ["litgpt", "300", "20.0", "", "", "20.0", "", "1.00", ""],
+        ["ours", "300", "40.0", "", "2.00", "60.0", "2.00", "1.00", "0.50"],
+    ]
+
+
+def test_first_losses_are_compared_within_a_repeat() -> None:
+    def one(name: str, repeat: int, loss: float) -> dict:
+        return {"name": name, "repeat": repeat, "losses": [loss, 0.0]}
+
+    short = [one(peers.SHARING, 0, 12.5), one(peers.APART, 0, 12.25)]
+    long = [one(peers.SHARING, 1, 3.0), one(peers.APART, 1, 3.125), one(peers.SHARING, 2, 9.0)]
+    assert peers.first_losses({"short": short}) == (
+        "Step-1 losses, with and without shared beginnings: largest difference 0.25 in 1 pairs."
+    )
+    assert "0.25 in 2 pairs" in (peers.first_losses({"short": short, "long": long}) or "")
+    assert peers.first_losses({"short": short[:1]}) is None
+
+
+def test_generation_is_compared_with_transformers() -> None:
+    def one(name: str, tok_s: float, step: float, gib: float) -> dict:
+        line = {"name": name, "new_tok_s": tok_s, "new_tok_s_cpu": 2 * tok_s, "rows": 16}
+        return line | {"decode_step_ms": step, "peak_rss_gib": gib}
+
+    uneven = [one(name, tok_s, 0, 2) for name, tok_s in ((generate.OURS, 60), (generate.HF, 20))]
+    for line in uneven:
+        del line["decode_step_ms"]
+    rows = generate.table(
+        {
+            "batch8": [one(generate.OURS, 30, 100, 1.5), one(generate.HF, 20, 150, 3)],
+            "set8": uneven,
+            "long8": [{"name": generate.OURS, "error": "no"}],
+        }
+    )
+    found = [cells(row) for row in rows[2:]]
+    assert [row[0] for row in found] == ["batch8", "set8"]
+    assert found[0][4:] == [
+        *("30", "20", "1.50", "60", "40", "1.50"),
+        *("100", "150", "1.50", "1.5", "3", "0.50"),
+    ]
+    assert found[1][4:] == ["60", "20", "3.00", "120", "40", "3.00", "", "", "", "2", "2", "1.00"]
+
+
+def test_startup_is_compared_with_transformers() -> None:
+    def one(name: str, wall: float, imported: list[str]) -> dict:
+        return {"name": name, "wall_s": wall, "cpu_s": wall / 2, "imported": imported}
+
+    runs = {
+        "step": [one(startup.OURS, 3, ["torch"]), one(startup.HF, 6, ["transformers"])],
+        "light": [one(startup.HELP, 0.1, []), one(startup.TOKENIZER, 0.5, [])],
+    }
+    assert [cells(row)[1:] for row in startup.table(runs)[2:]] == [
+        ["3.00", "0.50", "1.50", "0.50", "torch"],
+        ["6.00", "", "3.00", "", "transformers"],
+        ["0.10", "", "0.05", "", "none of them"],
+        ["0.50", "", "0.25", "", "none of them"],
+    ]
+
+
+def test_growth_is_compared_with_the_first_of_its_kind() -> None:
+    def one(name: str, tok_s: float, cpu: float) -> dict:
+        line = {"name": name, "tok_s": tok_s, "tokens": 1000, "step_s": [1, 1]}
+        line |= {"step_cpu_s": [cpu, cpu], "peak_rss_gib": 1.0}
+        return line | {"rows_real": 1.0, "cells_real": 0.875}
+
+    rows = scaling.table({"lengths": [one("equal", 200, 1), one("spread", 190, 1.1)], "size": []})
+    assert [cells(row) for row in rows[2:]] == [
+        ["equal", "500", "200", "", "2.00", "", "100.0 %", "87.5 %", "1.00"],
+        ["spread", "500", "190", "0.95", "2.20", "1.10", "100.0 %", "87.5 %", "1.00"],
+    ]
+    waits = waiting.table({"workers": [{"name": "0", "tok_s": 10, "wait": 0.0025}]})
+    assert cells(waits[2]) == ["0", "10", "0.25 %"]
+
+
+def test_records_of_equal_and_of_spread_lengths_have_the_same_words(tmp_path: Path) -> None:
+    counts = {}
+    for equal in (True, False):
+        path = scaling.write_records(tmp_path / "records.json", scaling.lengths(equal))
+        records = json.loads(path.read_text())
+        counts[equal] = [len(record["output"].split()) for record in records]
+        assert len(records) == scaling.RECORDS
+        assert max(counts[equal]) <= 400
+        assert all(re.fullmatch(r"[a-z ]+", record["instruction"]) for record in records)
+    print(counts[False])
+    assert sum(counts[True]) == sum(counts[False])
+    assert max(counts[True]) - min(counts[True]) <= 1
+    assert max(counts[False]) > 10 * min(counts[False])
+
+
+def test_light_paths_import_nothing_heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama_lightning.assets import TINY
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "llama_lightning_benchmarks").mkdir()
+    (tmp_path / "llama_lightning_benchmarks" / "tiny").symlink_to(TINY)
+    for peer in (startup.HELP, startup.TOKENIZER):
+        command = interleaved.measurement("startup", ["--shape", "tiny", "--peer", peer])
+        line = interleaved.run(Job(peer, command), 1)
+        print(line)
+        assert line["imported"] == []
+        assert 0 < line["cpu_s"] < 10
+        assert line["wall_s"] > 0
