@@ -1,7 +1,7 @@
 """One decode step: a token for each running row goes through the network, behind what is cached.
 
-On CUDA a step over few rows takes as long as the host takes to launch its some 20 kernels a layer.
-A CUDA graph launches all of them at once; it reads and writes the same memory each time.
+On CUDA a step over few rows takes as long as the host takes to launch its dozens of kernels a
+layer. A CUDA graph launches all of them at once; it reads and writes the same memory each time.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 Letters: B running rows, V vocabulary.
 """
@@ -25,8 +25,8 @@ Capture = Callable[[Step], Step]
 # Row counts are rounded up to this part of all rows, and slots to GROWTH times a power of two: for
 # 32 rows of up to 2,048 tokens there are at most 8 x 4 shapes, and so many graphs.
 ROW_COUNTS = 8
-# A shape is captured at this step of its. A capture takes the time of some such steps: whoever has
-# spent as much without one has shown that more will follow, and has at worst paid twice.
+# The step of a shape at which it is captured. A capture takes the time of about so many steps: a
+# shape seen less often never pays for one, and at worst both are paid. Not measured on a GPU yet.
 CAPTURE_AT = 8
 WARM_UP = 3  # torch's recipe: libraries choose and load their kernels outside the capture
 
@@ -118,8 +118,8 @@ class DecodeStep:
     def _shaped(self, num: int, lengths: Sequence[int]) -> Step:
         """Find the step, captured or not, whose shape has room for these rows."""
         rows = min(num + -num % -(-self._size // ROW_COUNTS), self._size)
-        slots = GROWTH
-        while slots <= max(lengths[:rows]):
+        slots, longest = GROWTH, max(lengths[:rows])
+        while slots <= longest:
             slots *= 2
         shape = rows, min(slots, self._slots)
         self._steps_at[shape] += 1
