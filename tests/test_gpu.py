@@ -4,6 +4,8 @@ Run with `pytest -m gpu`.
 """
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ import torch
 from llama_lightning.cli import main
 from llama_lightning.data.prefixes import find_prefixes
 from llama_lightning.model.attention import attention, ragged_rows, varlen_kernel
+from llama_lightning.model.continuous_batch import ContinuousBatch
+from llama_lightning.model.decode_step import Capture, CudaGraphs, Step
 from llama_lightning.model.generate import generate
+from llama_lightning.model.llama import Llama
 from llama_lightning.model.sampling import GenerationConfig
-from llama_lightning.records import Prefixes, PromptBatch
+from llama_lightning.records import Generation, Prefixes, PromptBatch
 from tests.model.oracle import small_llama
 from tests.small import write_byte_tokenizer, write_small_llama
 from tests.training.test_two_ranks import fit_in_a_process
@@ -79,6 +84,74 @@ def test_text_equals_the_cpus(temperature: float) -> None:
     assert sorted(generate(model.cuda(), on_gpu, config)) == expected
 
 
+def _uneven(count: int) -> PromptBatch:
+    """Prompts of 1 to 60 tokens whose answers have 2 to 280, on the device."""
+    lengths = torch.tensor([1 + 7 * n % 60 for n in range(count)])
+    prompts = PromptBatch(
+        tokens=torch.randint(300, (int(lengths.sum()),)),
+        boundaries=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        row_ids=torch.arange(count),
+        stop_ids=torch.full((count, 1), -1),
+        max_new_tokens=torch.tensor([2 + 61 * n % 279 for n in range(count)]),
+    )
+    return PromptBatch(*(None if part is None else part.cuda() for part in prompts))
+
+
+def _answers(
+    model: Llama, prompts: PromptBatch, size: int, capture: Callable[[torch.device], Capture]
+) -> list[Generation]:
+    batch = ContinuousBatch(model, GenerationConfig(), size, new_capture=capture)
+    batch.add(prompts)
+    return sorted(batch.run())
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+def test_texts_with_graphs_equal_those_without(kind: str, size: int) -> None:
+    model = small_llama().cuda()
+    if kind == "bfloat16":
+        model.bfloat16()
+    captured: list[tuple[int, ...]] = []
+
+    def counted(device: torch.device) -> Capture:
+        graphs = CudaGraphs(device)
+
+        def capture(step: Step) -> Step:
+            captured.append(tuple(step().shape))
+            return graphs(step)
+
+        return capture
+
+    prompts = _uneven(24)
+    with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast"):
+        plain = _answers(model, prompts, size, lambda device: lambda step: step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "generation: no CUDA graph")
+            replayed = _answers(model, prompts, size, counted)
+    said = sum(len(answer.tokens) for answer in plain)
+    print(f"{kind}, size {size}: {said} tokens; captured {captured}")
+    assert replayed == plain
+    assert 1 <= len(captured) <= 8 * 2
+
+
+def test_a_step_that_waits_for_the_host_is_not_captured() -> None:
+    # In float64: each shape rounds differently.
+    model, prompts = small_llama().double().cuda(), _uneven(8)
+    plain = _answers(model, prompts, 4, lambda device: lambda step: step)
+
+    def waits(head: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+        assert logits.sum().isfinite().item()
+
+    hook = model.lm_head.register_forward_hook(waits)
+    with pytest.warns(UserWarning, match="no CUDA graph of a decode step") as said:
+        answers = _answers(model, prompts, 4, CudaGraphs)
+    hook.remove()
+    print(said[0].message)
+    assert answers == plain
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert _answers(model, prompts, 4, CudaGraphs) == plain  # nothing is left of the failure
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
 def test_fit_resume_and_predict(tmp_path: Path, optimizer: str, precision: str) -> None:
@@ -100,7 +173,7 @@ def test_fit_resume_and_predict(tmp_path: Path, optimizer: str, precision: str) 
         "trainer.default_root_dir": tmp_path,
         "checkpoint.dirpath": tmp_path,
         "samples.every_n_steps": 2,
-        "model.generation.max_new_tokens": 8,
+        "model.generation.max_new_tokens": 24,  # past the capture of a decode step
     }
     arguments = [f"--{key}={value}" for key, value in keys.items()]
     assert main(["fit", *arguments, "--trainer.max_steps=2"]) == 0

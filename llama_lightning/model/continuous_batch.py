@@ -7,13 +7,15 @@ Source: continuous batching, Orca (OSDI 2022); prefix reuse, SGLang (arXiv 2312.
 Letters: B running rows, G rows of a prefill, T longest rest of a prompt, V vocabulary.
 """
 
+from bisect import bisect, insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from llama_lightning.model.decode_step import Capture, DecodeStep, default_capture
 from llama_lightning.model.kv_cache import KVCache
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.sampling import GenerationConfig, next_tokens, row_generator
@@ -39,33 +41,57 @@ class _Row(NamedTuple):
     tokens: list[int]
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Count the leading tokens that two prompts share."""
-    for position, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return position
-    return min(len(a), len(b))
+def _common(a: list[int], b: list[int]) -> int:
+    """Count the leading tokens that two prompts share, by halves that are compared as slices."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _nearest(prompt: list[int], others: list[tuple[list[int], int]]) -> tuple[int, int]:
+    """Find how much a prompt shares with the nearest of others, which are sorted, and its number.
+
+    In the order of their tokens, whoever shares most with a prompt stands next to its place.
+    """
+    place = bisect(others, (prompt,))
+    beside = others[max(0, place - 1) : place + 1]
+    return max(((_common(prompt, other), number) for other, number in beside), default=(0, 0))
 
 
 class ContinuousBatch:
     """Prompts in, generations out, at most `size` of them in the network at a time.
 
-    Running rows are the first rows of the cache. The rows behind them keep what they held, to copy
-    from, until something else is written there.
+    Running rows are the first rows of the cache. The rows behind them keep the prompts they held,
+    to copy from, until something else is written there.
 
     Args:
         model: in eval mode.
         config: length and sampling.
         size: responses in the network at a time.
+        new_capture: how decode steps are captured, for as long as the cache does not grow.
     """
 
-    def __init__(self, model: Llama, config: GenerationConfig, size: int) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        config: GenerationConfig,
+        size: int,
+        *,
+        new_capture: Callable[[torch.device], Capture | None] = default_capture,
+    ) -> None:
         self.model, self.config, self.size = model, config, size
         weight = model.model.embed_tokens.weight
         self._device = weight.device
         self._cache = KVCache.allocate(
             model.config, size, 0, dtype=weight.dtype, device=weight.device
         )
+        self._new_capture = new_capture
+        self._decode: DecodeStep  # since the first prefill; anew when the cache has grown
         self._cached: list[list[int]] = [[] for _ in range(size)]  # the prompt in each cache row
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
@@ -105,11 +131,12 @@ class ContinuousBatch:
             tokens_B = self._keep(going_on, tokens_B)
             yield from finished
             if self._running:
-                # The longest row's tokens, the new one included, are all that is looked at.
-                used = max(len(row.prompt) + len(row.tokens) for row in self._running)
-                view = self._cache.view(0, len(self._running), used)
-                self._logits_BV = self.model(tokens_B[:, None], cache=view).squeeze(1)
-                view.advance(torch.ones_like(tokens_B))
+                self._logits_BV = self._decode(tokens_B, self._lengths())
+
+    def _lengths(self) -> list[int]:
+        """Count the tokens in each row of the cache, the running rows' newest not among them."""
+        running = [len(row.prompt) + len(row.tokens) - 1 for row in self._running]
+        return running + [len(prompt) for prompt in self._cached[len(running) :]]
 
     def _admit(self, free: int) -> None:
         """Take waiting prompts into free rows, group by group."""
@@ -126,12 +153,15 @@ class ContinuousBatch:
         One that can copy much from another of them waits until that is there. What is left of the
         others is of similar length, so that few pads are computed, and together no more than fits.
         """
+        cached = sorted((prompt, number) for number, prompt in enumerate(self._cached))
+        earlier: list[tuple[list[int], int]] = []
         ready = []
         for number, row in enumerate(arriving):
             most = len(row.prompt) - 1  # the last token is computed, for what follows it
-            shared, source = max((_common(row.prompt, p), n) for n, p in enumerate(self._cached))
-            nearest = max((_common(row.prompt, r.prompt) for r in arriving[:number]), default=0)
-            if min(nearest, most) - shared < PASS_TOKENS:
+            shared, source = _nearest(row.prompt, cached)
+            coming, _ = _nearest(row.prompt, earlier)
+            insort(earlier, (row.prompt, number))
+            if min(coming, most) - shared < PASS_TOKENS:
                 ready.append((row, source, min(shared, most)))
         left = [len(row.prompt) - shared for row, _, shared in ready]
         longest = max(left)
@@ -145,7 +175,9 @@ class ContinuousBatch:
         rests = [row.prompt[start:] for row, start in zip(rows, shared, strict=True)]
         longest = max(map(len, rests))
         read = max(shared) + longest  # a pad may stand behind all that its row will ever hold
-        self._cache.reserve(max(read, *(len(row.prompt) + row.max_new_tokens for row in rows)))
+        if self._cache.reserve(max(read, *(len(row.prompt) + row.max_new_tokens for row in rows))):
+            capture = self._new_capture(self._device)
+            self._decode = DecodeStep(self.model, self._cache, capture)
         targets = torch.arange(first, last, device=self._device)
         self._cache.copy_rows(self._index(sources), targets, max(shared))
         self._cache.lengths_B[first:last] = self._index(shared)
@@ -199,6 +231,7 @@ class ContinuousBatch:
         for gap, mover in zip(gaps, movers, strict=True):
             order[gap], self._cached[gap] = mover, self._cached[mover]
         self._running = [self._running[number] for number in order]
+        self._cache.lengths_B[kept:num] = self._index([len(p) for p in self._cached[kept:num]])
         if self._seen_BV is not None:
             self._seen_BV[:kept] = self._seen_BV[self._index(order)]
         return tokens_B[self._index(order)]

@@ -88,12 +88,17 @@ class KVCache:
             tensor[targets, :, :num_slots] = tensor[sources, :, :num_slots]
         self.lengths_B[targets] = self.lengths_B[sources]
 
-    def reserve(self, max_length: int) -> None:
-        """Make room for rows of so many tokens, where there is less; rarely, as it copies all."""
+    def reserve(self, max_length: int) -> bool:
+        """Make room for rows of so many tokens, where there is less; rarely, as it copies all.
+
+        Returns:
+            Whether keys and values have moved to other memory.
+        """
         missing = max_length - self.keys[0].shape[2]
         if missing <= 0:
-            return
+            return False
         missing += -max_length % GROWTH
         for tensors in (self.keys, self.values):
             for layer in range(len(tensors)):  # in place: of one layer alone there are two copies
                 tensors[layer] = F.pad(tensors[layer], (0, 0, 0, missing))
+        return True

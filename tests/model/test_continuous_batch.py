@@ -1,6 +1,8 @@
 """Rows are refilled and prefixes copied, and every text is what it is when all run at once."""
 
 import itertools
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -163,6 +165,27 @@ def test_prompts_come_in_batch_by_batch() -> None:
     assert 0 in at_once[-1]  # the longest answer runs on through all batches
     assert sum(map(len, at_once)) == 16
     assert texts == expected
+
+
+def test_the_prompt_that_shares_most_is_found() -> None:
+    numbers = random.Random(0)
+    prompts = [[numbers.randrange(2) for _ in range(numbers.randrange(9))] for _ in range(80)]
+
+    def shared(a: list[int], b: list[int]) -> int:
+        pairs = zip(a, b, strict=False)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    found = []
+    assert continuous_batch._nearest([1], []) == (0, 0)
+    for size in range(1, 40):
+        others = sorted((prompt, number) for number, prompt in enumerate(prompts[:size]))
+        for prompt in prompts[40:]:
+            most, number = continuous_batch._nearest(prompt, others)
+            assert most == max(shared(prompt, other) for other in prompts[:size])
+            assert most == shared(prompt, prompts[number])
+            found.append(most)
+    print(f"{len(found)} searches as by comparing with each; {Counter(found)} tokens shared")
+    assert len(set(found)) > 6
 
 
 def test_a_wrong_copy_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

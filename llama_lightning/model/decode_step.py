@@ -1,0 +1,159 @@
+"""One decode step: a token for each running row goes through the network, behind what is cached.
+
+On CUDA a step over few rows takes as long as the host takes to launch its dozens of kernels a
+layer. A CUDA graph launches all of them at once; it reads and writes the same memory each time.
+Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+Letters: B running rows, V vocabulary.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from llama_lightning.model.kv_cache import GROWTH, KVCache
+from llama_lightning.model.llama import Llama
+
+# Work on memory that stays where it is; its result lies in such memory too.
+Step = Callable[[], Tensor]
+# Makes of a step one that does the same work on the same memory, faster.
+Capture = Callable[[Step], Step]
+
+# Row counts are rounded up to this part of all rows, and slots to GROWTH times a power of two: for
+# 32 rows of up to 2,048 tokens there are at most 8 x 4 shapes, and so many graphs.
+ROW_COUNTS = 8
+# The step of a shape at which it is captured. A capture takes the time of about so many steps: a
+# shape seen less often never pays for one, and at worst both are paid. Not measured on a GPU yet.
+CAPTURE_AT = 8
+WARM_UP = 3  # torch's recipe: libraries choose and load their kernels outside the capture
+
+
+class CudaGraphs:
+    """Captures steps that are replayed one at a time, so that their graphs may share memory.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()  # only good as long as a graph of it lives
+
+    def __call__(self, step: Step) -> Step:
+        """Capture a step that may be run several times over, for it will be.
+
+        Raises:
+            RuntimeError: it does what a graph cannot, or memory is short.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            # Around the capture too: one that fails leaves its stream current.
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UP):
+                    step()
+                # Other threads, such as a data loader's, may go on with what they do.
+                with torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ):
+                    result = step()
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+def default_capture(device: torch.device) -> Capture | None:
+    """Choose how steps are captured on a device; None runs each as it is."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
+class DecodeStep:
+    """Runs decode steps over the first rows of a cache, for as long as its memory stays in place.
+
+    With `capture`, a few rows and slots more than needed are computed, so that there are few
+    shapes. A row behind the running ones then gets a key and value behind its length, which stays.
+
+    Args:
+        model: in eval mode.
+        cache: of all rows.
+        capture: for steps of one shape; without, each step has just the shape it needs.
+    """
+
+    def __init__(self, model: Llama, cache: KVCache, capture: Capture | None) -> None:
+        self._model, self._cache, self._capture = model, cache, capture
+        self._size, self._slots = cache.keys[0].shape[0], cache.keys[0].shape[2]
+        self._tokens_B = torch.zeros_like(cache.lengths_B)
+        self._logits_BV: Tensor | None = None
+        self._steps_at: Counter[tuple[int, int]] = Counter()
+        self._captured: dict[tuple[int, int], Step] = {}
+
+    def __call__(self, tokens_B: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Append each running row's token and return the logits behind it, until the next call.
+
+        Args:
+            tokens_B: of the first B rows.
+            lengths: of all rows, as in the cache, which is not asked: the host would wait for it.
+
+        Returns:
+            (B, V)
+        """
+        num = len(tokens_B)
+        if self._capture is None:
+            view = self._cache.view(0, num, max(lengths[:num]) + 1)
+            logits_BV: Tensor = self._model(tokens_B[:, None], cache=view).squeeze(1)
+        else:
+            self._tokens_B[:num] = tokens_B
+            logits_BV = self._shaped(num, lengths)()[:num]
+        self._cache.lengths_B[:num] += 1
+        return logits_BV
+
+    def _shaped(self, num: int, lengths: Sequence[int]) -> Step:
+        """Find the step, captured or not, whose shape has room for these rows."""
+        rows = min(num + -num % -(-self._size // ROW_COUNTS), self._size)
+        slots, longest = GROWTH, max(lengths[:rows])
+        while slots <= longest:
+            slots *= 2
+        shape = rows, min(slots, self._slots)
+        self._steps_at[shape] += 1
+        if self._steps_at[shape] == CAPTURE_AT:
+            self._try_to_capture(shape)
+        return self._captured.get(shape) or partial(self._run, *shape)
+
+    def _try_to_capture(self, shape: tuple[int, int]) -> None:
+        assert self._capture is not None
+        try:
+            self._captured[shape] = self._capture(partial(self._run, *shape))
+        except RuntimeError as error:
+            # What was run of it wrote what the step itself will write again.
+            reason = str(error).partition("\n")[0]
+            warnings.warn(
+                f"generation: no CUDA graph of a decode step ({reason}); the steps go on without, "
+                "slower and with the same result",
+                stacklevel=2,
+            )
+            self._capture = None
+
+    def _run(self, rows: int, slots: int) -> Tensor:
+        """Run the rows' tokens; lengths stay, so that doing it again changes nothing."""
+        device = self._tokens_B.device.type
+        # The casts of weights that autocast keeps end with it, and a graph would go on reading.
+        with torch.autocast(
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,
+        ):
+            view = self._cache.view(0, rows, slots)
+            logits_BV: Tensor = self._model(self._tokens_B[:rows, None], cache=view).squeeze(1)
+        if self._logits_BV is None:
+            self._logits_BV = logits_BV.new_empty(self._size, logits_BV.shape[1])
+        # One place for the results of all shapes: graphs keep nothing each for itself.
+        return self._logits_BV[:rows].copy_(logits_BV)
