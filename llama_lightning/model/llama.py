@@ -83,7 +83,6 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.compiled = False
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -98,12 +97,11 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         mask: Tensor | None = None,
         wanted: Tensor | None = None,
+        compile: bool = False,
     ) -> Tensor:
         """Transform (..., T, D); of a flat batch, return the wanted positions, by default all."""
         before, behind = Block.before_attention, Block.behind_attention
-        if self.compiled and cache is None:
-            # Attention stays outside, as its grids are others in each batch; and so does answering,
-            # whose cache grows and whose weights may be prepacked.
+        if compile:  # all but attention, whose grids are others in each batch
             before, behind = compiled(before), compiled(behind)
         q, k, v = before(self, x, rope)
         if cache is not None:
@@ -134,15 +132,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing: bool | Literal["selective"] = False
+        self.compile_blocks = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def compile_blocks(self) -> None:
-        """From now on run each block but for its attention as compiled code; names stay."""
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.compiled = True
 
     def forward(
         self,
@@ -182,14 +175,20 @@ class Backbone(nn.Module):
         # The frequencies are a function of the config alone: nothing to load, nothing to cast.
         rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device))
         x = self.embed_tokens(tokens)
+        # Answering stays as it is: its cache grows, and its weights may be prepacked.
+        compile = self.compile_blocks and cache is None
+        # Compiled code keeps products and computes the rest again without being told to.
+        selective = self.gradient_checkpointing == "selective"
+        again = self.gradient_checkpointing and not (selective and compile)
         for block in self.layers:
             run: Callable[..., Tensor] = block
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                run = checkpointed(block, selective=self.gradient_checkpointing == "selective")
+            if again and torch.is_grad_enabled():
+                run = checkpointed(block, selective=selective)
             # Behind the last attention, positions that are not wanted have no effect: not computing
             # them saves 18 % of a LoRA step on short answers at the 1B shape with 4 of its 16
             # layers (CPU time on 2 cores of an Intel Xeon).
-            x = run(x, rope, rows, cache, mask, wanted if block is self.layers[-1] else None)
+            last = block is self.layers[-1]
+            x = run(x, rope, rows, cache, mask, wanted if last else None, compile)
         out: Tensor = self.norm(x)
         return out
 

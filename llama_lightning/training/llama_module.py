@@ -162,8 +162,7 @@ class LlamaModule(StoredModule):
             if self.qkv_bias:
                 rank_zero_info("model: LoRA freezes the biases of q, k and v, new ones stay zero")
         model.model.gradient_checkpointing = self.gradient_checkpointing
-        if self.compile_blocks:
-            model.model.compile_blocks()
+        model.model.compile_blocks = self.compile_blocks
         self.model = model
 
     def _inject_lora(self, model: Llama, dtype: torch.dtype) -> None:

@@ -103,7 +103,7 @@ def _compare(kind: str) -> None:
     names = list(model.state_dict())
     plain = _steps(model, batches)
     assert _graphs() == 0
-    model.model.compile_blocks()
+    model.model.compile_blocks = True
     _steps(model, batches[:1])
     first = _graphs()
     modes: list[Any] = [False, "selective", True]
@@ -119,8 +119,7 @@ def _compare(kind: str) -> None:
     with torch.inference_mode():
         states = [_hidden(model.eval(), batch, None) for batch, _ in batches]
         evaluation = _graphs() - first
-        for block in model.model.layers:
-            block.compiled = False
+        model.model.compile_blocks = False
         worst = _worst(states, [_hidden(model, batch, None) for batch, _ in batches])
     print(f"evaluation: {evaluation} graphs more, worst {worst:.1e}")
     assert evaluation <= 4
@@ -153,7 +152,7 @@ def test_answering_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     config = GenerationConfig(max_new_tokens=4)
     plain = list(generate(model, prompts, config))
-    model.model.compile_blocks()
+    model.model.compile_blocks = True
     assert list(generate(model, prompts, config)) == plain
     assert _graphs() == 0
     model(torch.tensor([[1, 2, 3]]))
