@@ -125,6 +125,11 @@ def test_broken_config(run, text, said):
             "samples.every_n_steps: the validation part is empty",
         ),
         (["--model.dropout=1"], USAGE, "model.dropout is 1.0"),
+        (
+            ["--model.gradient_checkpointing=some"],
+            USAGE,
+            "gradient_checkpointing: expected true or false or one of 'selective', got some",
+        ),
         (["--model.lora.target_modules=[foo]"], USAGE, "foo matches no linear layer; there are"),
         (["--model.lora.target_modules=[lm_head]"], USAGE, "tied to the embedding"),
         (["--trainer.max_epochs=2"], USAGE, "set one of them to null (--trainer.max_steps null)"),

@@ -432,13 +432,14 @@ def test_enable_gradient_checkpointing(run: Runner, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Block, "forward", counted)
     weights, counts = [], []
-    for flag in ("false", "true"):
+    for flag in ("false", "true", "selective"):
         calls.clear()
         weights.append(run(**{"model.gradient_checkpointing": flag}).weights())
         counts.append(len(calls))
-    print(f"block forwards in 2 steps of 2 layers: {counts[0]} without, {counts[1]} with")
-    assert counts == [2 * 2, 2 * 2 * 2]
-    assert same(*weights)
+    print(f"block forwards in 2 steps of 2 layers: {counts[0]} without, then {counts[1:]}")
+    assert counts == [2 * 2, 2 * 2 * 2, 2 * 2 * 2]
+    assert same(*weights[:2])
+    assert same(*weights[1:])
 
 
 def test_use_bf16(run: Runner) -> None:

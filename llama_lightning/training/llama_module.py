@@ -3,24 +3,20 @@
 It receives tokens and knows no tokenizer. Data and training meet in cli.py.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from llama_lightning.errors import CheckpointError, UsageError, UserError, WeightsError
+from llama_lightning.errors import UsageError, UserError, WeightsError
 from llama_lightning.hub import resolve_base
+from llama_lightning.model.compilation import missing_compiler
 from llama_lightning.model.config import LlamaConfig
-from llama_lightning.model.continuous_batch import ContinuousBatch
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.loss import (
@@ -28,22 +24,22 @@ from llama_lightning.model.loss import (
     summed_cross_entropy,
     supervised_positions,
 )
-from llama_lightning.model.prepack import prepacked
 from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Batch, Generation, PromptBatch
-from llama_lightning.training.checkpoint_io import read_checkpoint
+from llama_lightning.training.answering import Answering
 from llama_lightning.training.optim import (
     OptimizerConfig,
     build_optimizer,
     build_scheduler,
     total_norm,
 )
-from llama_lightning.training.provenance import check_arguments, check_tensors, fingerprint
+from llama_lightning.training.provenance import fingerprint
+from llama_lightning.training.stored_module import StoredModule
 from llama_lightning.weights.base import check_files, load_base, read_config
 from llama_lightning.weights.peft import agreed_lora, check_peft, load_peft
 
 
-class LlamaModule(LightningModule):
+class LlamaModule(StoredModule):
     """A Llama to fine-tune, with LoRA or in full.
 
     Args:
@@ -54,7 +50,9 @@ class LlamaModule(LightningModule):
             alpha, dropout and targets are taken too. A checkpoint goes before it.
         optimizer: AdamW and its schedule.
         generation: how predict answers.
-        gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        gradient_checkpointing: compute each block again in the backward pass, to save memory;
+            `selective` keeps its wide products and its attention and computes the rest again.
+        compile: compile the blocks for training and evaluation; answering stays as it is.
         share_prefixes: compute equal beginnings of a micro-batch's prompts once. Without effect on
             the result, and off by itself while dropout draws a mask for each record.
         dropout: on what attention and MLP add to the residual stream, in training.
@@ -71,7 +69,8 @@ class LlamaModule(LightningModule):
         adapter: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         generation: GenerationConfig = GenerationConfig(),  # noqa: B008 - frozen
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["selective"] = False,
+        compile: bool = False,
         share_prefixes: bool = True,
         dropout: float = 0.0,
         qkv_bias: bool = False,
@@ -91,15 +90,13 @@ class LlamaModule(LightningModule):
             lora = agreed_lora(lora, self.adapter)
         self.lora, self.optimizer, self.generation = lora, optimizer, generation
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_blocks = compile  # `compile` is a method of every module
         self.share_prefixes = share_prefixes
         self.dropout, self.qkv_bias = dropout, qkv_bias
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.model: Llama | None = None
-        # Who is told of each response the moment it is finished, e.g. the file it is written to.
-        self.on_generation: list[Callable[[Generation], None]] = []
-        self.strict_loading = False  # checkpoints hold what is trained; see on_load_checkpoint
-        self._answering: ContinuousBatch | None = None  # while prompts come in, batch by batch
-        self._prepacked = ExitStack()
+        self._answering = Answering(generation)
+        self.on_generation = self._answering.listeners
         self._seed = 0
         self._step_loss = torch.tensor(0.0)  # of the accumulated micro-batches, on this rank
         # By default torchmetrics leaves NaN out of the mean, and a broken model looks sound.
@@ -131,6 +128,19 @@ class LlamaModule(LightningModule):
             if self.adapter is not None:
                 check_peft(model, self.adapter)
 
+    def setup(self, stage: str) -> None:
+        """Refuse to compile where that cannot be done.
+
+        Raises:
+            UsageError: no compiler on this machine.
+        """
+        missing = missing_compiler(self.trainer.strategy.root_device.type)
+        if self.compile_blocks and stage != "predict" and missing:
+            raise UsageError(
+                f"model.compile needs a compiler, and there is no {missing} on this machine: "
+                "install one, or set model.compile to false"
+            )
+
     def configure_model(self) -> None:
         """Build the network once: base weights, LoRA, an adapter, then what training needs."""
         if self.model is not None:
@@ -144,7 +154,7 @@ class LlamaModule(LightningModule):
         else:
             dtype = self.base_dtype if self.lora.rank else trained_dtype
             model = load_base(self.folder, self.llama_config, dtype=dtype)
-        self._base_fingerprint = fingerprint(model)
+        self.base_fingerprint = fingerprint(model)
         if self.lora.rank:
             self._inject_lora(model, trained_dtype)
             if self.adapter is not None:
@@ -152,6 +162,7 @@ class LlamaModule(LightningModule):
             if self.qkv_bias:
                 rank_zero_info("model: LoRA freezes the biases of q, k and v, new ones stay zero")
         model.model.gradient_checkpointing = self.gradient_checkpointing
+        model.model.compile_blocks = self.compile_blocks
         self.model = model
 
     def _inject_lora(self, model: Llama, dtype: torch.dtype) -> None:
@@ -320,37 +331,13 @@ class LlamaModule(LightningModule):
     def answer(self, batch: PromptBatch, *, drain: bool = True) -> list[Generation]:
         """Answer prompts, telling `on_generation` of each response as it finishes.
 
-        As many are answered at a time as the first batch has prompts.
-
-        Args:
-            batch: may be empty.
-            drain: until all are answered; otherwise only until none of the batch is waiting, and
-                the next batch's take the places of those that finish.
+        Arguments and result as in Answering.answer.
         """
-        generations = []
-        try:
-            if self._answering is None and len(batch.row_ids):
-                self._prepacked.enter_context(prepacked(self._llama))
-                size = len(batch.row_ids) * self.generation.num_samples
-                self._answering = ContinuousBatch(self._llama, self.generation, size)
-            if self._answering is not None:
-                self._answering.add(batch)
-                for generation in self._answering.run(drain=drain):
-                    generations.append(generation)
-                    for tell in self.on_generation:
-                        tell(generation)
-        except BaseException:
-            drain = True  # whatever comes next begins anew
-            raise
-        finally:
-            if drain:
-                self.stop_answering()
-        return generations
+        return self._answering.answer(self._llama, batch, drain=drain)
 
     def stop_answering(self) -> None:
         """Give the weights back as they were, and drop what is not answered."""
-        self._answering = None
-        self._prepacked.close()
+        self._answering.stop()
 
     def on_predict_start(self) -> None:
         """Begin anew."""
@@ -360,78 +347,18 @@ class LlamaModule(LightningModule):
         """Begin anew."""
         self.stop_answering()
 
-    # Checkpoints
-
     @property
     def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values, which a checkpoint may hold."""
+        """As StoredModule says; a run's adapter and fresh weights are in the checkpoint."""
         return {
             "base_model": self.base_model,
             "lora": asdict(self.lora),
             "optimizer": asdict(self.optimizer),
             "generation": asdict(self.generation),
             "gradient_checkpointing": self.gradient_checkpointing,
+            "compile": self.compile_blocks,
             "share_prefixes": self.share_prefixes,
             "dropout": self.dropout,
             "qkv_bias": self.llama_config.qkv_bias,
             "base_dtype": str(self.base_dtype).removeprefix("torch."),
         }
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained weights only, and what they were trained with."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in self._trained()}
-        checkpoint["llama_lightning"] = {
-            "arguments": self.arguments,
-            "base_fingerprint": self._base_fingerprint,
-        }
-
-    def check_checkpoint(self, checkpoint: dict[str, Any], *, resume: bool) -> None:
-        """Compare a checkpoint with this run, before weights are read; see `check_arguments`."""
-        theirs = checkpoint["llama_lightning"]["arguments"]
-        check_arguments(self.arguments, theirs, resume=resume)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that would load as less than all of it.
-
-        Raises:
-            CheckpointError: other settings, another base, or other tensors.
-        """
-        trainer = self._trainer  # none in LlamaModule.load_from_checkpoint
-        resume = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        self.check_checkpoint(checkpoint, resume=resume)
-        self.configure_model()  # likewise not called there
-        stored = checkpoint["llama_lightning"]
-        if self.lora.rank and stored["base_fingerprint"] != self._base_fingerprint:
-            raise CheckpointError(
-                f"model.base_model {self.base_model} is not the base of this checkpoint "
-                f"({stored['arguments']['base_model']}): its weights differ"
-            )
-        check_tensors(self._trained(), checkpoint["state_dict"])
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **arguments: Any
-    ) -> "LlamaModule":
-        """Build the module that wrote a checkpoint, with its weights.
-
-        Args:
-            checkpoint_path: a file written by fit.
-            map_location: device of the weights.
-            **arguments: of the constructor, instead of those of the run that wrote it.
-
-        Raises:
-            CheckpointError: it cannot be read, or `arguments` contradict it.
-        """
-        checkpoint = read_checkpoint(checkpoint_path)
-        stored = dict(checkpoint["llama_lightning"]["arguments"])
-        stored["lora"] = LoRAConfig(**stored["lora"])
-        stored["optimizer"] = OptimizerConfig(**stored["optimizer"])
-        stored["generation"] = GenerationConfig(**stored["generation"])
-        module = cls(**(stored | arguments))
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=False)
-        return module.to(map_location)

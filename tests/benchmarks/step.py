@@ -49,6 +49,7 @@ PRECISION = {
     ("lora", "fp32"): "32-true",
     ("full", "fp32"): "32-true",
 }
+CHECKPOINTING: dict[str, Any] = {"none": False, "selective": "selective", "full": True}
 
 
 def counts(batch: Batch, sharing: bool) -> dict[str, int]:
@@ -156,7 +157,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-prefix-sharing", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()
@@ -174,7 +176,8 @@ def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Q
             target_modules=targets,
         ),
         optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.0),
-        gradient_checkpointing=args.checkpointing,
+        gradient_checkpointing=CHECKPOINTING[args.checkpointing],
+        compile=args.compile,
         share_prefixes=not args.no_prefix_sharing,
     )
     data = FoldedData(
@@ -228,6 +231,8 @@ def report(
         "devices": args.devices,
         "threads": args.threads,
         "prefixes": not args.no_prefix_sharing,
+        "checkpointing": args.checkpointing,
+        "compile": args.compile,
         "tag": os.environ.get("PEER_TAG", ""),
         "tok_s": round(tokens / wall, 2),
         "tok_s_median": round(statistics.median(s["tokens"] / s["wall"] for s in steps), 2),

@@ -1,10 +1,7 @@
-"""Records of a flat batch do not see each other, and gradient checkpointing changes no number."""
-
-from collections import Counter
+"""Records of a flat batch do not see each other."""
 
 import pytest
 import torch
-from torch import Tensor
 
 from llama_lightning.data.prefixes import find_prefixes
 from llama_lightning.model.attention import (
@@ -15,15 +12,11 @@ from llama_lightning.model.attention import (
     ragged_rows,
     varlen_kernel,
 )
-from llama_lightning.model.llama import Block, Llama
-from llama_lightning.model.lora import LoRAConfig, inject_lora
 from tests.model.oracle import (
     SMALL,
     flat_batch,
-    lora_parameters,
     max_difference,
     random_records,
-    randomise_lora,
     small_llama,
 )
 
@@ -165,62 +158,3 @@ def test_a_record_does_not_see_its_neighbours(changed: int) -> None:
     assert not torch.equal(before[span], after[span])
     later = slice(bounds[changed + 1], None)
     assert changed == 3 or not torch.equal(leaky[later], leaky_after[later])
-
-
-def _step(model: Llama, monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[int], dict[str, Tensor]]:
-    """Count how often each block runs in one step, and collect the gradients."""
-    calls: Counter[int] = Counter()
-    forward = Block.forward
-
-    def spy(self: Block, *args: Tensor, **rest: Tensor) -> Tensor:
-        calls[self.self_attn.layer] += 1
-        return forward(self, *args, **rest)
-
-    torch.manual_seed(5)
-    batch = flat_batch(random_records([(9, 1), (14, 1), (6, 1)]))
-    with monkeypatch.context() as patch:
-        patch.setattr(Block, "forward", spy)
-        logits = model(batch.tokens, positions=batch.positions, boundaries=batch.boundaries)
-        logits.square().mean().backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return calls, gradients
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_checkpointing_runs_each_block_twice_and_changes_no_gradient(
-    kind: str, dropout: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = small_llama(std=0.05).train()
-    for block in model.model.layers:
-        block.dropout = dropout  # the second run has to drop the same elements
-    trained = {name for name, _ in model.named_parameters()}
-    if kind == "lora":
-        # The embedding is frozen then: no input of the first block asks for a gradient.
-        inject_lora(model, LoRAConfig(rank=4, dropout=dropout), dtype=torch.float32)
-        randomise_lora(model)
-        trained = set(lora_parameters(model))
-    once, plain = _step(model, monkeypatch)
-    model.model.gradient_checkpointing = True
-    twice, checkpointed = _step(model, monkeypatch)
-    assert once == dict.fromkeys(range(SMALL.num_hidden_layers), 1)
-    assert twice == dict.fromkeys(range(SMALL.num_hidden_layers), 2)
-    assert plain.keys() == checkpointed.keys() == trained
-    assert all(gradient.abs().max() > 0 for gradient in checkpointed.values())
-    worst = max(max_difference(checkpointed[name], plain[name]) for name in plain)
-    print(f"{kind}, dropout {dropout}: {twice[0]} runs a block; max |difference| {worst:.1e}")
-    assert worst == 0.0
-
-
-def test_nothing_is_checkpointed_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise AssertionError("checkpointed without a gradient to compute")
-
-    monkeypatch.setattr("llama_lightning.model.llama.checkpoint", fail)
-    model = small_llama()
-    model.model.gradient_checkpointing = True
-    with torch.no_grad():
-        model(torch.randint(SMALL.vocab_size, (1, 4)))
-    with pytest.raises(AssertionError, match="checkpointed"):
-        model(torch.randint(SMALL.vocab_size, (1, 4)))

@@ -1,0 +1,35 @@
+"""Functions of the network compiled by torch, once for all layers and all lengths.
+
+Source: PyTorch 2 (ASPLOS 2024).
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function at its first call.
+
+    A method is to be given unbound: its module is then an argument like others, and one compilation
+    serves every module of its class and shape.
+    """
+    return torch.compile(function, dynamic=True)
+
+
+def missing_compiler(device: str) -> str | None:
+    """Name the program that torch.compile would not find.
+
+    Args:
+        device: type of the device to compile for; `cuda` takes a C compiler, others C++.
+    """
+    usual = {"darwin": ["clang++"], "win32": ["cl"]}.get(sys.platform, ["g++"])
+    variable, usual = ("CC", ["gcc", "clang"]) if device == "cuda" else ("CXX", usual)
+    names = [os.environ[variable]] if variable in os.environ else usual
+    return None if any(map(shutil.which, names)) else " or ".join(names)
