@@ -3,12 +3,14 @@
 It receives tokens and knows no tokenizer. Data and training meet in cli.py.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -280,6 +282,21 @@ class LlamaModule(StoredModule):
         self.log("train/perplexity", loss.exp())
         self.log("train/gradient_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take the step, then free the gradients.
+
+        Lightning keeps them until the next backward pass: beside the next forward pass and its
+        loss, where in full fine-tuning they are as large as the weights.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     # Evaluation: every target token counts the same, however it was batched.
 

@@ -351,6 +351,24 @@ def test_the_schedule_moves_once_an_optimizer_step(workplace, accumulate, length
     assert recorder.rates[-1] == pytest.approx(SCHEDULE.eta_min)
 
 
+class NotesGradients(LlamaModule):
+    """Note before each micro-batch whether gradients are in memory."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        self.__dict__.setdefault("noted", []).append(
+            any(p.grad is not None for p in self.parameters())
+        )
+
+
+def test_gradients_are_freed_by_the_step_and_kept_within_it(workplace):
+    trainer, data, _ = start(workplace, accumulate_grad_batches=2)
+    module = make_module(workplace, NotesGradients)
+    trainer.fit(module, datamodule=data)
+    print(f"gradients in memory before each micro-batch: {module.noted}")
+    assert module.noted == [False, True] * 6
+
+
 class BreaksInTheSecondStep(LlamaModule):
     """Multiply the loss of one micro-batch in the middle of the second step."""
 
