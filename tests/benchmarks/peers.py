@@ -41,12 +41,12 @@ class Group(NamedTuple):
 
 PACKED, PADDED = ["--data", "packed"], ["--data", "padded"]
 ONE_ROW = {SHARING: ["--batch", "9"], APART: ["--batch", "9", "--no-prefix-sharing"]}
-THREE = {SHARING: ["--batch", "3"], APART: ["--batch", "3", "--no-prefix-sharing"]}
+TWO = {SHARING: ["--batch", "2"], APART: ["--batch", "2", "--no-prefix-sharing"]}
 FULL = {"hf": PACKED, "litgpt": PACKED, "torchtune": PACKED}
 
 
 def comparisons(shape: str) -> dict[str, Group]:
-    """List the comparisons. A packed row of 512 holds some 9 short records, or 3 long ones."""
+    """List the comparisons. A packed row of 512 holds some 9 short records, or 1 or 2 long ones."""
     lora, every = ["--shape", shape], ["--shape", shape, "--targets", "all"]
     full = ["--mode", "full", "--shape"]
     four = [*lora, "--batch", "4"]
@@ -54,7 +54,7 @@ def comparisons(shape: str) -> dict[str, Group]:
     return {
         "short": Group("LoRA q,k,v,o; short answers", SHORT, lora, {"hf": PACKED}, ONE_ROW),
         "all": Group("LoRA all linears; short answers", SHORT, every, {"hf": PACKED}, ONE_ROW),
-        "long": Group("LoRA q,k,v,o; long answers", LONG, lora, {"hf": PACKED}, THREE),
+        "long": Group("LoRA q,k,v,o; long answers", LONG, lora, {"hf": PACKED}, TWO),
         "padded": Group("LoRA q,k,v,o; long answers, batch 4", LONG, four, padded, {SHARING: []}),
         "full": Group("full; dim 512, vocabulary 128,256", SHORT, [*full, "s512"], FULL, ONE_ROW),
         "full4k": Group(
