@@ -10,17 +10,20 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 
 
 def _type_name(kind: Any) -> str:
     """Write a type as a user may: `float | None` is "number or null"."""
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(_type_name(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
     text = kind.__name__ if isinstance(kind, type) else str(kind)
     text = re.sub(r"typing\.|collections\.abc\.", "", text)
-    if literal := re.search(r"Literal\[(.*?)\]", text):
-        return " | ".join(part.strip(" '") for part in literal[1].split(","))
     for name, word in {"NoneType": "null", "None": "null", "str": "text", "int": "integer"}.items():
         text = re.sub(rf"\b{name}\b", word, text)
     return text

@@ -1,5 +1,8 @@
 """Functions of the network compiled by torch, once for all layers and all lengths.
 
+A GPU is what it is for, and has not been measured. On a CPU it gains little: CPU time of full steps
+of a 512-wide model is 0.97 and of LoRA steps at the 1B shape with 4 layers 1.00 of the eager, and a
+run starts 18 to 40 s later, 3 to 20 s where torch finds its code again (2 cores of an Intel Xeon).
 Source: PyTorch 2 (ASPLOS 2024).
 """
 

@@ -52,7 +52,7 @@ class LlamaModule(StoredModule):
             alpha, dropout and targets are taken too. A checkpoint goes before it.
         optimizer: AdamW and its schedule.
         generation: how predict answers.
-        gradient_checkpointing: compute each block again in the backward pass, to save memory;
+        gradient_checkpointing: true computes each block again in the backward pass, to save memory;
             `selective` keeps its wide products and its attention and computes the rest again.
         compile: compile the blocks for training and evaluation; answering stays as it is.
         share_prefixes: compute equal beginnings of a micro-batch's prompts once. Without effect on
