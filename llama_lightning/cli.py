@@ -122,6 +122,7 @@ def _run(arguments: list[str]) -> None:
     from llama_lightning.training.trainer import Trainer
     from llama_lightning.usage import (
         check_keys,
+        compilers_part,
         given_keys,
         plain_reason,
         short_export_keys,
@@ -323,6 +324,10 @@ def _run(arguments: list[str]) -> None:
         raise UsageError(text) from error
     except ValueError as error:
         raise users_part(error) from error
+    except RuntimeError as error:
+        if (plain := compilers_part(error)) is None:
+            raise
+        raise plain from error
 
 
 def _quiet_libraries() -> None:

@@ -255,6 +255,18 @@ def plain_file_errors() -> Iterator[None]:
         raise UsageError(f"{error.filename}: {error.strerror}") from error
 
 
+def compilers_part(error: RuntimeError) -> UsageError | None:
+    """Say what torch.compile could not do; None for another error."""
+    # Private, but there is no public name for what a compiled function raises.
+    from torch._dynamo.exc import TorchDynamoException
+
+    if not isinstance(error, TorchDynamoException):
+        return None
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(" ".join(lines[:2]).split())
+    return UsageError(f"model.compile: torch cannot compile here ({reason}); set it to false")
+
+
 def users_part(error: BaseException) -> BaseException:
     """Find what a user can mend in an error that a library wrapped; else the error itself.
 

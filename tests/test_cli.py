@@ -161,7 +161,7 @@ def test_broken_config(run, text, said):
         ),
         (["--trainer.use_bf16=true"], USAGE, "did you mean trainer.precision?"),
         (["run2.yaml"], USAGE, "a config file goes behind --config"),
-        (["--data.num_workers=-1"], USAGE, "data.num_workers is too small; use 0 or more"),
+        (["--data.num_workers=-1"], USAGE, "data.num_workers is -1; use 0 or more"),
         (["--model.optimizer.learning_rate=1"], USAGE, "did you mean model.optimizer.lr?"),
         (["--num_epochs=1"], USAGE, "did you mean trainer.max_epochs?"),
         (["--ckpt_path=."], DATA, "--ckpt_path .: a folder; give a file"),

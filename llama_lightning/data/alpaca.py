@@ -35,9 +35,6 @@ from llama_lightning.data.tokenizer_files import ends_turns, text_side
 from llama_lightning.errors import UsageError
 from llama_lightning.records import Batch, PromptBatch, TextSide
 
-# Of each size, the least that means something.
-LEAST = {"max_seq_len": 2, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
-
 
 class AlpacaDataModule(LightningDataModule):
     """Instructions with answers, or chats, for fit, validate, test and predict.
@@ -95,10 +92,14 @@ class AlpacaDataModule(LightningDataModule):
         for part, fraction in (("val", val_fraction), ("test", test_fraction)):
             if not 0.0 <= fraction < 1.0:
                 raise UsageError(f"data.{part}_fraction is {fraction}; use a value in [0, 1)")
-        sizes = (max_seq_len, batch_size, eval_batch_size, num_workers)
-        for (name, least), size in zip(LEAST.items(), sizes, strict=True):
+        for name, size, least in (
+            ("max_seq_len", max_seq_len, 2),
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
             if size is not None and size < least:
-                raise UsageError(f"data.{name} is too small; use {least} or more")
+                raise UsageError(f"data.{name} is {size}; use {least} or more")
         check_columns(columns or {})
         if path == "tiny":
             path, test_path = str(TINY_TRAIN), test_path or str(TINY_HELDOUT)
@@ -318,7 +319,7 @@ class AlpacaDataModule(LightningDataModule):
         Raises:
             CheckpointError: template, tokenizer, data or batching differ from the checkpoint's.
         """
-        check_text(state_dict, self._text(), tokenizer_path=self.tokenizer_path)
+        check_text(self._text(), state_dict, tokenizer_path=self.tokenizer_path)
         verb = self.trainer.state.fn if self.trainer else None
         paths = {
             "predict": self.predict_path or self.test_path,

@@ -18,12 +18,10 @@ from llama_lightning.errors import CheckpointError
 # What no single key tells: which records are left in training once other files are taken out.
 TRAINING_PART = "the training part (data.path without data.val_path and data.test_path)"
 
-# What decides the order of the records of the same files, of the settings of the data.
-ORDER = ["seed", "val_fraction", "test_fraction", "batch_size", "max_seq_len"]
-ORDER += ["train_on_prompt", "train_on_turns", "columns"]
-
-# What decides which records of the same files are in which part.
-SPLIT = ("data.seed", "data.val_fraction", "data.test_fraction", "data.columns")
+# The data's settings that decide which records of the same files are in which part, and those that
+# decide in which order a run meets them too.
+SPLIT = ["seed", "val_fraction", "test_fraction", "columns"]
+ORDER = [*SPLIT, "batch_size", "max_seq_len", "train_on_prompt", "train_on_turns"]
 
 
 def name_mix(weights: Sequence[float], hashes: Sequence[bytes]) -> str:
@@ -74,7 +72,7 @@ def check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         )
 
 
-def check_text(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, tokenizer_path: Path) -> None:
+def check_text(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, tokenizer_path: Path) -> None:
     """Refuse a checkpoint whose model knows text in another form.
 
     Raises:
@@ -117,5 +115,5 @@ def check_held_out(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """
     files, trained = (_files(identity["data.path"]) for identity in (ours, theirs))
     if set(files) & set(trained):
-        keys = SPLIT if files == trained else ("data.path",)
+        keys = [f"data.{name}" for name in SPLIT] if files == trained else ["data.path"]
         check_identity({key: ours[key] for key in keys}, theirs)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 # A number of a product costs as many multiplications as the two matrices have in common. Below this
-# it is cheaper to compute than to keep: those are LoRA's products by B.
+# it is cheaper to compute than to keep: so are the products by B of LoRA at the usual ranks.
 MIN_COMMON = 128
 
 

@@ -20,8 +20,8 @@ import torch
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function at its first call.
 
-    A method is to be given unbound: its module is then an argument like others, and one compilation
-    serves every module of its class and shape.
+    It takes its module as an argument like others: one compilation then serves every module of that
+    class and shape.
     """
     return torch.compile(function, dynamic=True)
 

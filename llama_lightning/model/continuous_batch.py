@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llama_lightning.model.decode_step import Capture, DecodeStep, default_capture
+from llama_lightning.model.decode_step import Capture, DecodeStep, cuda_graphs, no_graphs
 from llama_lightning.model.kv_cache import KVCache
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.sampling import GenerationConfig, next_tokens, row_generator
@@ -73,7 +73,8 @@ class ContinuousBatch:
         model: in eval mode.
         config: length and sampling.
         size: responses in the network at a time.
-        new_capture: how decode steps are captured, for as long as the cache does not grow.
+        new_capture: how decode steps are captured, for as long as the cache does not grow; by
+            default as the config says.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ContinuousBatch:
         config: GenerationConfig,
         size: int,
         *,
-        new_capture: Callable[[torch.device], Capture | None] = default_capture,
+        new_capture: Callable[[torch.device], Capture | None] | None = None,
     ) -> None:
         self.model, self.config, self.size = model, config, size
         weight = model.model.embed_tokens.weight
@@ -90,7 +91,7 @@ class ContinuousBatch:
         self._cache = KVCache.allocate(
             model.config, size, 0, dtype=weight.dtype, device=weight.device
         )
-        self._new_capture = new_capture
+        self._new_capture = new_capture or (cuda_graphs if config.cuda_graphs else no_graphs)
         self._decode: DecodeStep  # since the first prefill; anew when the cache has grown
         self._cached: list[list[int]] = [[] for _ in range(size)]  # the prompt in each cache row
         self._waiting: deque[_Row] = deque()

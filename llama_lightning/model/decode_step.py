@@ -25,8 +25,8 @@ Capture = Callable[[Step], Step]
 # Row counts are rounded up to this part of all rows, and slots to GROWTH times a power of two: for
 # 32 rows of up to 2,048 tokens there are at most 8 x 4 shapes, and so many graphs.
 ROW_COUNTS = 8
-# The step of a shape at which it is captured. A capture takes the time of about so many steps: a
-# shape seen less often never pays for one, and at worst both are paid. Not measured on a GPU yet.
+# The step of a shape at which it is captured. If a capture takes the time of so many steps, which
+# is a guess, a shape seen less often never pays for one, and at worst both are paid.
 CAPTURE_AT = 8
 WARM_UP = 3  # torch's recipe: libraries choose and load their kernels outside the capture
 
@@ -70,9 +70,14 @@ class CudaGraphs:
         return replay
 
 
-def default_capture(device: torch.device) -> Capture | None:
-    """Choose how steps are captured on a device; None runs each as it is."""
+def cuda_graphs(device: torch.device) -> Capture | None:
+    """Capture steps on a CUDA device; None, elsewhere, runs each as it is."""
     return CudaGraphs(device) if device.type == "cuda" else None
+
+
+def no_graphs(device: torch.device) -> Capture | None:
+    """Run each step as it is."""
+    return None
 
 
 class DecodeStep:
@@ -132,14 +137,20 @@ class DecodeStep:
         try:
             self._captured[shape] = self._capture(partial(self._run, *shape))
         except RuntimeError as error:
-            # What was run of it wrote what the step itself will write again.
-            reason = str(error).partition("\n")[0]
+            # What was run of it wrote what the step itself will write again. The graphs that there
+            # are hold memory, which may be what was missing.
+            self._capture = None
+            self._captured.clear()
+            first: BaseException = error
+            while first.__context__ is not None:  # the end of a capture complains of its beginning
+                first = first.__context__
+            reason = str(first).partition("\n")[0]
             warnings.warn(
                 f"generation: no CUDA graph of a decode step ({reason}); the steps go on without, "
-                "slower and with the same result",
+                "slower and with the same result. If CUDA complains later in this run, set "
+                "model.generation.cuda_graphs to false",
                 stacklevel=2,
             )
-            self._capture = None
 
     def _run(self, rows: int, slots: int) -> Tensor:
         """Run the rows' tokens; lengths stay, so that doing it again changes nothing."""

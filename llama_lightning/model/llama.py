@@ -1,22 +1,19 @@
 """Llama 3.2, whole, from top to bottom.
 
 Module names are Hugging Face's, so that a state dict IS the checkpoint of the hub. The network
-knows nothing of LoRA, of losses or of generation: it turns tokens into logits.
+knows nothing of LoRA, of losses, of checkpointing or of generation: it turns tokens into logits.
 Source: The Llama 3 Herd of Models (arXiv 2407.21783); RMSNorm 1910.07467; SwiGLU 2002.05202.
 Letters: B rows, T tokens, D hidden size, N heads, K kv heads, H head dimension, V vocabulary. A
 flat batch has no B: its T tokens are rows laid end to end.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama_lightning.model.attention import RaggedRows, attention, ragged_rows
-from llama_lightning.model.checkpointing import checkpointed
-from llama_lightning.model.compilation import compiled
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.kv_cache import KVCache
 from llama_lightning.model.rope import apply_rope, inverse_frequencies, rope_tables
@@ -39,11 +36,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The matrices of grouped-query attention: N query heads share K heads of keys and values."""
+    """Grouped-query attention: N query heads share K heads of keys and values."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.layer, self.head_dim = layer, config.head_dim
         width, kv_width = (
             heads * config.head_dim
             for heads in (config.num_attention_heads, config.num_key_value_heads)
@@ -53,13 +50,34 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: RaggedRows | None,
+        cache: KVCache | None,
+        mask: Tensor | None,
+        wanted: Tensor | None,
+    ) -> Tensor:
+        """Mix (..., T, D) over T; of a flat batch, return the wanted positions, by default all."""
+        q, k, v = self.heads(x, rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.output(attention(q, k, v, rows=rows, mask=mask), wanted)
+
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (..., T, N, H), keys and values (..., T, K, H) of (..., T, D)."""
+        """Make of (..., T, D) queries (..., T, N, H), and keys and values (..., T, K, H)."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def output(self, mixed: Tensor, wanted: Tensor | None) -> Tensor:
+        """Bring what each head mixed, (..., T, N, H), together into (..., T, D)."""
+        mixed = mixed.flatten(-2)
+        out: Tensor = self.o_proj(mixed if wanted is None else mixed.index_select(0, wanted))
+        return out
 
 
 class MLP(nn.Module):
@@ -82,8 +100,7 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -97,29 +114,15 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         mask: Tensor | None = None,
         wanted: Tensor | None = None,
-        compile: bool = False,
     ) -> Tensor:
         """Transform (..., T, D); of a flat batch, return the wanted positions, by default all."""
-        before, behind = Block.before_attention, Block.behind_attention
-        if compile:  # all but attention, whose grids are others in each batch
-            before, behind = compiled(before), compiled(behind)
-        q, k, v = before(self, x, rope)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        return behind(self, x, attention(q, k, v, rows=rows, mask=mask), wanted)
+        mixed = self.self_attn(self.input_layernorm(x), rope, rows, cache, mask, wanted)
+        return self.add(x, mixed, wanted)
 
-    def before_attention(
-        self, x: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute queries, keys and values, token by token."""
-        return self.self_attn.heads(self.input_layernorm(x), rope)
-
-    def behind_attention(self, x: Tensor, mixed: Tensor, wanted: Tensor | None) -> Tensor:
-        """Add what attention mixed, (..., T, N, H), then the MLP, token by token."""
-        mixed = mixed.flatten(-2)
-        if wanted is not None:
-            x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
-        x = x + F.dropout(self.self_attn.o_proj(mixed), self.dropout, self.training)
+    def add(self, x: Tensor, mixed: Tensor, wanted: Tensor | None) -> Tensor:
+        """Add what attention mixed for the wanted positions, then the MLP."""
+        x = x if wanted is None else x.index_select(0, wanted)
+        x = x + F.dropout(mixed, self.dropout, self.training)
         return x + F.dropout(
             self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training
         )
@@ -131,8 +134,8 @@ class Backbone(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing: bool | Literal["selective"] = False
-        self.compile_blocks = False
+        # block_runner.py has others, which compile a block or compute it again when it is needed.
+        self.run_block: Callable[..., Tensor] = Block.__call__
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -175,20 +178,12 @@ class Backbone(nn.Module):
         # The frequencies are a function of the config alone: nothing to load, nothing to cast.
         rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device))
         x = self.embed_tokens(tokens)
-        # Answering stays as it is: its cache grows, and its weights may be prepacked.
-        compile = self.compile_blocks and cache is None
-        # Compiled code keeps products and computes the rest again without being told to.
-        selective = self.gradient_checkpointing == "selective"
-        again = self.gradient_checkpointing and not (selective and compile)
         for block in self.layers:
-            run: Callable[..., Tensor] = block
-            if again and torch.is_grad_enabled():
-                run = checkpointed(block, selective=selective)
             # Behind the last attention, positions that are not wanted have no effect: not computing
             # them saves 18 % of a LoRA step on short answers at the 1B shape with 4 of its 16
             # layers (CPU time on 2 cores of an Intel Xeon).
             last = block is self.layers[-1]
-            x = run(x, rope, rows, cache, mask, wanted if last else None, compile)
+            x = self.run_block(block, x, rope, rows, cache, mask, wanted if last else None)
         out: Tensor = self.norm(x)
         return out
 

@@ -16,14 +16,15 @@ from llama_lightning.records import IGNORE_INDEX
 # Positions whose logits are in memory at a time. With a frozen head 256 take 0.15 GiB at the 1B
 # shape's vocabulary, however many there are, and no more CPU time than all at once. A GPU reads the
 # head's weights once a chunk: by arithmetic, below some 300 positions it would wait for them. Each
-# further chunk of a trained head means a sum of its gradients in fp32, which is larger than logits.
+# further chunk of a trained head means a sum of its gradients in fp32 beside them: at width 512 as
+# large as the bf16 logits of 1,024 positions, at 2,048 four times that.
 # torch 2.13's linear_cross_entropy took 5 times as long in chunks of its own choice (all on 2 cores
 # of an Intel Xeon).
 CPU_CHUNK, GPU_CHUNK, TRAINED_CHUNK = 256, 512, 1024
 # Of those, positions whose softmax is computed at a time on a CPU: what it needs stays in the
 # cache, and the loss of 264 positions takes 0.9 of the CPU time with a frozen head of width 2,048,
 # and 0.6 with a trained one of 512 (the same cores). A GPU would wait for the launches.
-CPU_ROWS = 16
+CPU_SLICE = 16
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -39,8 +40,8 @@ def _chunks(
     return zip(torch.split(hidden_LD, size), torch.split(targets_L, size), strict=True)
 
 
-def _rows(logits_LV: Tensor, targets_L: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    size = CPU_ROWS if logits_LV.device.type == "cpu" else len(logits_LV)
+def _slices(logits_LV: Tensor, targets_L: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    size = CPU_SLICE if logits_LV.device.type == "cpu" else len(logits_LV)
     return zip(torch.split(logits_LV, size), torch.split(targets_L, size), strict=True)
 
 
@@ -52,7 +53,7 @@ def _log_probabilities(logits_LV: Tensor) -> Tensor:
 def _loss_into_gradient(logits_LV: Tensor, targets_L: Tensor) -> Tensor:
     """Sum the losses, and put the sum's gradient in the place of the logits."""
     losses = []
-    for logits, targets in _rows(logits_LV, targets_L):
+    for logits, targets in _slices(logits_LV, targets_L):
         gradient = _log_probabilities(logits)
         losses.append(-gradient.gather(1, targets[:, None]).sum())
         gradient.exp_()[torch.arange(len(targets), device=targets.device), targets] -= 1.0
@@ -109,6 +110,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def summed_cross_entropy(hidden_LD: Tensor, targets_L: Tensor, lm_head: nn.Module) -> Tensor:
     """Sum the losses over positions. The caller divides: it alone knows the step's token count.
 
+    The gradient exists from the start, once: a second backward pass through it is an error.
+
     Args:
         hidden_LD: at supervised positions.
         targets_L: int64.
@@ -131,7 +134,7 @@ def loss_and_hits(
     """Sum the losses, and count the targets that are the likeliest token. Arguments as above."""
     losses, hits = [], []
     for hidden, targets in _chunks(hidden_LD, targets_L):
-        for logits, goals in _rows(lm_head(hidden), targets):
+        for logits, goals in _slices(lm_head(hidden), targets):
             picked = _log_probabilities(logits).gather(1, goals[:, None])
             losses.append(-picked.sum())
             hits.append((logits.argmax(-1) == goals).sum())

@@ -27,6 +27,8 @@ class GenerationConfig:
         repetition_penalty: above 1 makes tokens of the prompt and the response so far less likely.
         num_samples: responses a prompt.
         seed: with a row's number and a sample's it fixes what is sampled there, in any batch.
+        cuda_graphs: on a GPU, replay decode steps as CUDA graphs. Written for speed at few rows,
+            and not yet run on a GPU.
     """
 
     max_new_tokens: int = 256
@@ -37,6 +39,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     num_samples: int = 1
     seed: int = 0
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name, fits, cure in (

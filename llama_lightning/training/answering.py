@@ -18,22 +18,23 @@ class Answering:
 
     While something is, the network's weights are prepacked.
 
-    Args:
-        config: length and sampling.
+    Attributes:
+        listeners: who is told of each response the moment it is finished.
     """
 
-    def __init__(self, config: GenerationConfig) -> None:
-        self.config = config
-        # Who is told of each response the moment it is finished, e.g. the file it is written to.
+    def __init__(self) -> None:
         self.listeners: list[Callable[[Generation], None]] = []
         self._running: ContinuousBatch | None = None
         self._prepacked = ExitStack()
 
-    def answer(self, model: Llama, batch: PromptBatch, *, drain: bool) -> list[Generation]:
+    def answer(
+        self, model: Llama, config: GenerationConfig, batch: PromptBatch, *, drain: bool
+    ) -> list[Generation]:
         """Answer as many prompts at a time as the first batch has.
 
         Args:
             model: the same until all are answered.
+            config: length and sampling; likewise.
             batch: may be empty.
             drain: until all are answered; otherwise only until none of the batch is waiting, and
                 the next batch's take the places of those that finish.
@@ -45,8 +46,8 @@ class Answering:
         try:
             if self._running is None and len(batch.row_ids):
                 self._prepacked.enter_context(prepacked(model))
-                size = len(batch.row_ids) * self.config.num_samples
-                self._running = ContinuousBatch(model, self.config, size)
+                size = len(batch.row_ids) * config.num_samples
+                self._running = ContinuousBatch(model, config, size)
             if self._running is not None:
                 self._running.add(batch)
                 for generation in self._running.run(drain=drain):

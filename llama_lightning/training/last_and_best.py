@@ -1,6 +1,6 @@
 """Which checkpoints a run keeps, and when they are written: between optimizer steps, never inside.
 
-How a file is written and read is in checkpoint_io.py, what it holds in llama_module.py.
+How a file is written and read is in checkpoint_io.py, what it holds in stored_module.py.
 """
 
 import tempfile

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from llama_lightning.errors import UsageError, UserError, WeightsError
 from llama_lightning.hub import resolve_base
+from llama_lightning.model.block_runner import BlockRunner, Checkpointing
 from llama_lightning.model.compilation import missing_compiler
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.llama import Llama
@@ -53,7 +54,8 @@ class LlamaModule(StoredModule):
         optimizer: AdamW and its schedule.
         generation: how predict answers.
         gradient_checkpointing: true computes each block again in the backward pass, to save memory;
-            `selective` keeps its wide products and its attention and computes the rest again.
+            `selective` keeps its wide products and its attention and computes the rest again, as
+            compiled blocks do without it.
         compile: compile the blocks for training and evaluation; answering stays as it is.
         share_prefixes: compute equal beginnings of a micro-batch's prompts once. Without effect on
             the result, and off by itself while dropout draws a mask for each record.
@@ -71,7 +73,7 @@ class LlamaModule(StoredModule):
         adapter: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         generation: GenerationConfig = GenerationConfig(),  # noqa: B008 - frozen
-        gradient_checkpointing: bool | Literal["selective"] = False,
+        gradient_checkpointing: Checkpointing = False,
         compile: bool = False,
         share_prefixes: bool = True,
         dropout: float = 0.0,
@@ -97,8 +99,7 @@ class LlamaModule(StoredModule):
         self.dropout, self.qkv_bias = dropout, qkv_bias
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.model: Llama | None = None
-        self._answering = Answering(generation)
-        self.on_generation = self._answering.listeners
+        self._answering = Answering()
         self._seed = 0
         self._step_loss = torch.tensor(0.0)  # of the accumulated micro-batches, on this rank
         # By default torchmetrics leaves NaN out of the mean, and a broken model looks sound.
@@ -163,8 +164,7 @@ class LlamaModule(StoredModule):
                 load_peft(model, self.adapter)
             if self.qkv_bias:
                 rank_zero_info("model: LoRA freezes the biases of q, k and v, new ones stay zero")
-        model.model.gradient_checkpointing = self.gradient_checkpointing
-        model.model.compile_blocks = self.compile_blocks
+        model.model.run_block = BlockRunner(self.gradient_checkpointing, self.compile_blocks)
         self.model = model
 
     def _inject_lora(self, model: Llama, dtype: torch.dtype) -> None:
@@ -350,7 +350,12 @@ class LlamaModule(StoredModule):
 
         Arguments and result as in Answering.answer.
         """
-        return self._answering.answer(self._llama, batch, drain=drain)
+        return self._answering.answer(self._llama, self.generation, batch, drain=drain)
+
+    @property
+    def on_generation(self) -> list[Callable[[Generation], None]]:
+        """Who is told of each response as it finishes, e.g. the file it is written to."""
+        return self._answering.listeners
 
     def stop_answering(self) -> None:
         """Give the weights back as they were, and drop what is not answered."""

@@ -25,14 +25,27 @@ def _gib(tensors: Any) -> float:
     return float(sum(t.numel() * t.element_size() for t in tensors)) / 2**30
 
 
-def memory_parts(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Count the tensors of a training step by part, in GiB; a tied head counts once."""
+def gradients_gib(model: torch.nn.Module) -> float:
+    """Count the gradients that are there."""
+    return _gib(p.grad for p in model.parameters() if p.grad is not None)
+
+
+def memory_parts(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, gradients: float
+) -> dict[str, float]:
+    """Count the tensors of a training step by part, in GiB; a tied head counts once.
+
+    Args:
+        model: with trained and frozen weights.
+        optimizer: after a step, which makes its state.
+        gradients: GiB counted before the step, which frees them.
+    """
     parameters = list(model.parameters())
     states = (state for state in optimizer.state.values())
     return {
         "frozen_weights": _gib(p for p in parameters if not p.requires_grad),
         "trained_weights": _gib(p for p in parameters if p.requires_grad),
-        "gradients": _gib(p.grad for p in parameters if p.grad is not None),
+        "gradients": gradients,
         "optimizer_state": _gib(t for s in states for t in s.values() if isinstance(t, Tensor)),
     }
 
@@ -47,16 +60,23 @@ class MemoryReport(Callback):
     def __init__(self, table: bool = True) -> None:
         self.table = table
         self._parts: dict[str, float] = {}
+        self._gradients = 0.0
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Count the gradients, which the step will free."""
+        self._gradients = gradients_gib(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log with the other figures of a step; its gradients are still there."""
+        """Log with the other figures of a step."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if not self._parts or trainer.global_step % every == 0:
-            self._parts = memory_parts(pl_module, trainer.optimizers[0])
+            self._parts = memory_parts(pl_module, trainer.optimizers[0], self._gradients)
         if trainer.global_step % every:
             return
         for name, value in self._measure(pl_module.device).items():
@@ -69,7 +89,7 @@ class MemoryReport(Callback):
         return {**self._parts, "rest_of_peak": rest, "peak": peak, "host_peak": host}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, on the first rank; a validation may have freed the gradients."""
+        """Print the table, on the first rank."""
         if not (self.table and trainer.is_global_zero and self._parts):
             return
         table = Table("part", title=f"Memory on {pl_module.device}", title_justify="left")

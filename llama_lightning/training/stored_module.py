@@ -1,6 +1,6 @@
-"""A LightningModule whose checkpoints hold what is trained, and what that was trained with.
+"""The half of LlamaModule that checkpoints know: what is stored, and what is read back, or refused.
 
-It does not know how the module trains: a subclass says what it was built with.
+It knows by what arguments a LlamaModule is built, and not how it trains.
 """
 
 from pathlib import Path

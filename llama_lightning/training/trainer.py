@@ -174,6 +174,7 @@ class Trainer(pl.Trainer):
         if what.kind(model) == "peft" and untrained:
             raise UsageError("format peft: without ckpt_path there is no adapter; use hf or gguf")
         model.trainer = datamodule.trainer = self
+        model.compile_blocks = False  # not for two losses
         try:
             datamodule.setup("validate")
         except DataError as error:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from llama_lightning.data.prefixes import find_prefixes
 from llama_lightning.model import checkpointing
+from llama_lightning.model.block_runner import BlockRunner
 from llama_lightning.model.llama import Block, Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig, inject_lora
 from llama_lightning.model.loss import summed_cross_entropy, supervised_positions
@@ -72,7 +73,7 @@ def _step(
     forward = Block.forward
 
     def spy(self: Block, *args: Any) -> Tensor:
-        calls[self.layer] += 1
+        calls[self.self_attn.layer] += 1
         return forward(self, *args)
 
     torch.manual_seed(5)
@@ -100,7 +101,7 @@ def test_each_block_runs_twice_and_no_bit_changes(
     shared = None if dropout else prefixes
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         once, plain = _step(model, batch, shared, monkeypatch)
-        model.model.gradient_checkpointing = mode
+        model.model.run_block = BlockRunner(mode)
         twice, checkpointed = _step(model, batch, shared, monkeypatch)
     layers = range(SMALL.num_hidden_layers)
     assert (once, twice) == (dict.fromkeys(layers, 1), dict.fromkeys(layers, 2))
@@ -135,7 +136,7 @@ class Alive(TorchDispatchMode):
 
 def _kept_kib(model: Llama, mode: Any) -> float:
     """What one forward pass leaves in memory for the backward pass."""
-    model.model.gradient_checkpointing = mode
+    model.model.run_block = BlockRunner(mode)
     batch, prefixes = _batch()
     with Alive(model) as alive, torch.autocast("cpu", torch.bfloat16):
         hidden = _hidden(model, batch, prefixes)
@@ -168,7 +169,7 @@ def test_selective_keeps_wide_products_and_attention() -> None:
     batch, _ = _batch()
 
     def count(mode: Any) -> Counter[str]:
-        model.model.gradient_checkpointing = mode
+        model.model.run_block = BlockRunner(mode)
         hidden = _hidden(model, batch, None)
         ran.clear()
         with Count():
@@ -193,7 +194,7 @@ def test_nothing_is_checkpointed_without_gradients(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("llama_lightning.model.checkpointing.checkpoint", fail)
     model = small_llama()
-    model.model.gradient_checkpointing = True
+    model.model.run_block = BlockRunner(True)
     with torch.no_grad():
         model(torch.randint(SMALL.vocab_size, (1, 4)))
     with pytest.raises(AssertionError, match="checkpointed"):

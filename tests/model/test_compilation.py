@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from llama_lightning.data.prefixes import find_prefixes
+from llama_lightning.model.block_runner import BlockRunner
 from llama_lightning.model.compilation import compiled, missing_compiler
 from llama_lightning.model.generate import generate
 from llama_lightning.model.llama import Llama
@@ -103,12 +104,12 @@ def _compare(kind: str) -> None:
     names = list(model.state_dict())
     plain = _steps(model, batches)
     assert _graphs() == 0
-    model.model.compile_blocks = True
+    model.model.run_block = BlockRunner(compile=True)
     _steps(model, batches[:1])
     first = _graphs()
     modes: list[Any] = [False, "selective", True]
     for mode in modes:
-        model.model.gradient_checkpointing = mode
+        model.model.run_block = BlockRunner(mode, compile=True)
         worst = _worst(_steps(model, batches), plain)
         print(f"{kind}, {mode}: {_graphs()} graphs; worst of {len(plain)} {worst:.1e} ({BOUND})")
         assert worst <= BOUND
@@ -119,7 +120,7 @@ def _compare(kind: str) -> None:
     with torch.inference_mode():
         states = [_hidden(model.eval(), batch, None) for batch, _ in batches]
         evaluation = _graphs() - first
-        model.model.compile_blocks = False
+        model.model.run_block = BlockRunner()
         worst = _worst(states, [_hidden(model, batch, None) for batch, _ in batches])
     print(f"evaluation: {evaluation} graphs more, worst {worst:.1e}")
     assert evaluation <= 4
@@ -152,7 +153,7 @@ def test_answering_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     config = GenerationConfig(max_new_tokens=4)
     plain = list(generate(model, prompts, config))
-    model.model.compile_blocks = True
+    model.model.run_block = BlockRunner(compile=True)
     assert list(generate(model, prompts, config)) == plain
     assert _graphs() == 0
     model(torch.tensor([[1, 2, 3]]))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from llama_lightning.data.prefixes import find_prefixes
+from llama_lightning.model.block_runner import BlockRunner
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.loss import summed_cross_entropy, supervised_positions
@@ -83,7 +84,7 @@ def test_loss_and_gradients_are_those_of_each_record_apart(
     if kind == "lora":
         inject_lora(model, LoRAConfig(rank=8), dtype=dtype)
         randomise_lora(model)
-    model.model.gradient_checkpointing = checkpointing
+    model.model.run_block = BlockRunner(checkpointing)
     batch = flat_batch(_records())
     prefixes = _prefixes(batch)
     loss_error, worst = _difference(model, batch, prefixes)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from llama_lightning.cli import main
 from llama_lightning.data.alpaca import AlpacaDataModule
 from llama_lightning.errors import UsageError
 from llama_lightning.model.compilation import compiled
@@ -106,3 +107,22 @@ def test_without_a_compiler_a_fit_ends_before_it_begins(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UsageError, match="model.compile needs .* no no-such-compiler on this"):
         _trainer(folder, 1).fit(_module(folder, compile=True), _data(folder))
+
+
+@pytest.mark.slow  # some 10 s until torch asks for the compiler
+def test_a_compiler_that_does_not_work_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    compiled.cache_clear()
+    keys = {"config": "configs/tiny_lora.yaml", "model.compile": "true", "trainer.max_steps": 1}
+    keys |= {"trainer.default_root_dir": tmp_path}
+    code = main(["fit", *(f"--{key}={value}" for key, value in keys.items())])
+    said = capsys.readouterr().err
+    print(said[-600:])
+    assert code == 2
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: model.compile: torch cannot compile here (")
+    assert "set it to false" in last

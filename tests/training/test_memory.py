@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llama_lightning.training.memory import memory_parts
+from llama_lightning.training.memory import gradients_gib, memory_parts
 from llama_lightning.training.optim import OptimizerConfig, build_optimizer
 
 GIB = 2**30
@@ -15,8 +15,9 @@ def _step(name: str) -> dict[str, float]:
     model[0].requires_grad_(False)
     optimizer = build_optimizer(model, OptimizerConfig(name=name))
     model(torch.randn(4, 256)).sum().backward()
+    gradients = gradients_gib(model)
     optimizer.step()
-    return memory_parts(model, optimizer)
+    return memory_parts(model, optimizer, gradients)
 
 
 @pytest.mark.parametrize(

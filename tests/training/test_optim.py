@@ -17,6 +17,7 @@ from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.training.llama_module import LlamaModule
+from llama_lightning.training.memory import MemoryReport
 from llama_lightning.training.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -367,6 +368,19 @@ def test_gradients_are_freed_by_the_step_and_kept_within_it(workplace):
     trainer.fit(module, datamodule=data)
     print(f"gradients in memory before each micro-batch: {module.noted}")
     assert module.noted == [False, True] * 6
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_memory_of_gradients_is_that_of_the_trained_weights(workplace, rank):
+    trainer, data, _ = start(workplace, log_every_n_steps=1)
+    trainer.callbacks.append(MemoryReport(table=False))
+    trainer.fit(make_module(workplace, lora=LoRAConfig(rank=rank)), datamodule=data)
+    logged = trainer.callback_metrics
+    gradients, trained = (
+        float(logged[f"memory/{n}_gib"]) for n in ("gradients", "trained_weights")
+    )
+    print(f"rank {rank}: {gradients * 2**20:.1f} KiB of gradients")
+    assert gradients == trained > 0
 
 
 class BreaksInTheSecondStep(LlamaModule):
