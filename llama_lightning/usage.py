@@ -262,8 +262,8 @@ def compilers_part(error: RuntimeError) -> UsageError | None:
 
     if not isinstance(error, TorchDynamoException):
         return None
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(" ".join(lines[:2]).split())
+    lines = [line.strip() for line in str(error).splitlines() if not line.startswith("backend=")]
+    reason = next((line for line in lines if line), type(error).__name__)
     return UsageError(f"model.compile: torch cannot compile here ({reason}); set it to false")
 
 

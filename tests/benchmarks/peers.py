@@ -41,7 +41,9 @@ class Group(NamedTuple):
 
 PACKED, PADDED = ["--data", "packed"], ["--data", "padded"]
 ONE_ROW = {SHARING: ["--batch", "9"], APART: ["--batch", "9", "--no-prefix-sharing"]}
-TWO = {SHARING: ["--batch", "2"], APART: ["--batch", "2", "--no-prefix-sharing"]}
+# Lengths of 20 to 512 tokens: of few steps, theirs and ours would differ.
+MORE = ["--steps", "10"]
+TWO = {SHARING: ["--batch", "2", *MORE], APART: ["--batch", "2", *MORE, "--no-prefix-sharing"]}
 FULL = {"hf": PACKED, "litgpt": PACKED, "torchtune": PACKED}
 
 
@@ -55,7 +57,7 @@ def comparisons(shape: str) -> dict[str, Group]:
         "short": Group("LoRA q,k,v,o; short answers", SHORT, lora, {"hf": PACKED}, ONE_ROW),
         "all": Group("LoRA all linears; short answers", SHORT, every, {"hf": PACKED}, ONE_ROW),
         "long": Group("LoRA q,k,v,o; long answers", LONG, lora, {"hf": PACKED}, TWO),
-        "padded": Group("LoRA q,k,v,o; long answers, batch 4", LONG, four, padded, {SHARING: []}),
+        "padded": Group("LoRA q,k,v,o; long answers, batch 4", LONG, four, padded, {SHARING: MORE}),
         "full": Group("full; dim 512, vocabulary 128,256", SHORT, [*full, "s512"], FULL, ONE_ROW),
         "full4k": Group(
             "full; dim 512, vocabulary 4,096", SHORT, [*full, "s512v4k"], FULL, ONE_ROW
@@ -94,7 +96,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
                 jobs.append(Job(peer, call))
         data = ["--records", SHARED / "data" / group.records]
         for name, flags in group.ours.items():
-            jobs.append(Job(name, measurement("step", [*group.flags, *flags, *steps, *data])))
+            jobs.append(Job(name, measurement("step", [*group.flags, *steps, *flags, *data])))
     return found
 
 

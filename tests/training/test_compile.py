@@ -1,6 +1,9 @@
 """model.compile in a fit: the same losses, the same files, and answers from a checkpoint of it."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from llama_lightning.cli import main
 from llama_lightning.data.alpaca import AlpacaDataModule
 from llama_lightning.errors import UsageError
 from llama_lightning.model.compilation import compiled
@@ -109,20 +111,18 @@ def test_without_a_compiler_a_fit_ends_before_it_begins(
         _trainer(folder, 1).fit(_module(folder, compile=True), _data(folder))
 
 
-@pytest.mark.slow  # some 10 s until torch asks for the compiler
-def test_a_compiler_that_does_not_work_is_said_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    torch._dynamo.reset()
-    compiled.cache_clear()
+@pytest.mark.slow  # some 20 s until torch asks for the compiler
+def test_a_compiler_that_does_not_work_is_said_in_one_line(tmp_path: Path) -> None:
     keys = {"config": "configs/tiny_lora.yaml", "model.compile": "true", "trainer.max_steps": 1}
     keys |= {"trainer.default_root_dir": tmp_path}
-    code = main(["fit", *(f"--{key}={value}" for key, value in keys.items())])
-    said = capsys.readouterr().err
-    print(said[-600:])
-    assert code == 2
-    last = said.strip().splitlines()[-1]
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_lightning", "fit", *(f"--{k}={v}" for k, v in keys.items())],
+        env=os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stderr[-600:])
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: model.compile: torch cannot compile here (")
     assert "set it to false" in last
