@@ -5,6 +5,7 @@ in results/PART-SHAPE.json), from which --print makes the document again.
 """
 
 from tests.benchmarks import generate, peers, scaling, startup, waiting
+from tests.benchmarks.inputs import check
 from tests.benchmarks.interleaved import check_names, document, measure, options
 
 PARTS = {module.PART.name: module.PART for module in (peers, generate, startup, waiting, scaling)}
@@ -17,6 +18,7 @@ def main() -> None:
     check_names(parser, args.names, PARTS)
     parts = [part for name, part in PARTS.items() if not args.names or name in args.names]
     if not args.print:
+        check(args.data)
         for part in parts:
             measure(part, args)
     print(document(part.file(args) for part in parts))

@@ -27,12 +27,11 @@ from llama_lightning.data.rows import Row, read_rows
 from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.data.tokenizer import Tokenizer
 from tests.benchmarks import interleaved
+from tests.benchmarks.inputs import DATA, LONG, SHORT, TOKENIZER
 from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name, memory, synchronize
 from tests.random_llama import SHAPES, kept_random_llama
 
-DATA = interleaved.SHARED / "data"
-SHORT, LONG = "instruction-data.json", "alpaca_en_demo.json"  # answers of 13 and of 145 tokens
 OURS, HF = "llama_lightning", "hf"
 # How OpenMP's threads wait for each other: the command line's own way, unless the user has another.
 WAITING = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "10000"}
@@ -179,14 +178,8 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     waiting = waiting if any(waiting.values()) else WAITING
     found = {}
     for key, (_, batch, rows, new, records) in PLAN.items():
-        flags = [
-            "--shape",
-            args.shape,
-            "--records",
-            DATA / records,
-            "--rows",
-            rows or args.set_rows,
-        ]
+        flags = ["--shape", args.shape, "--records", args.data / records]
+        flags += ["--tokenizer", args.data / TOKENIZER, "--rows", rows or args.set_rows]
         flags += ["--batch", batch, "--new", new, "--repeats", 1, "--threads", args.threads]
         command = interleaved.measurement("generate", [*flags, "--peer"])
         found[key] = [
@@ -229,7 +222,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=[OURS, HF], default=OURS)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b-4l")
     parser.add_argument("--records", type=Path, default=DATA / SHORT)
-    parser.add_argument("--tokenizer", type=Path, default=DATA / "llama3-tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, default=DATA / TOKENIZER)
     parser.add_argument("--rows", type=int, default=16, help="prompts to answer")
     parser.add_argument("--batch", type=int, default=8, help="answered at a time")
     parser.add_argument("--new", default="64", help="tokens an answer, or: reference")

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.benchmarks.inputs import DATA, SHARED, check
 from tests.benchmarks.machine import machine_name
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared"
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_SHAPE = "1b-4l"
 PACKAGES = ("torch", "lightning", "transformers", "peft", "litgpt", "torchtune")
@@ -198,6 +198,7 @@ def options(program: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--script", type=Path, default=SHARED / "bench" / "peers.py", help="runs the peers' steps"
     )
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of records and tokenizer")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--print", action="store_true", help="print what has been measured before")
     return parser
@@ -216,6 +217,7 @@ def main(part: Part, text: str | None) -> None:
     parser = options(f".{part.name}", text)
     args = parser.parse_args()
     if not args.print:
+        check(args.data)
         check_names(parser, args.names, part.groups(args))
         measure(part, args, args.names)
     print(document([part.file(args)]))

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.benchmarks.inputs import LONG, SHORT, TOKENIZER
 from tests.benchmarks.interleaved import (
     DEFAULT_SHAPE,
-    SHARED,
     Job,
     Part,
     Runs,
@@ -25,7 +25,6 @@ from tests.benchmarks.interleaved import (
     run,
 )
 
-SHORT, LONG = "instruction-data.json", "alpaca_en_demo.json"  # answers of 13 and of 145 tokens
 SHARING, APART = "ours", "ours, prefixes apart"
 
 
@@ -72,7 +71,7 @@ def kept_tokens(name: str, args: argparse.Namespace) -> Path:
         return path
     path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".tmp")
-    data, ranks = SHARED / "data" / name, SHARED / "data" / "llama3-tokenizer.model"
+    data, ranks = args.data / name, args.data / TOKENIZER
     flags = ["--data-json", data, "--ranks", ranks, "--tokens", beside]
     line = run(Job("prep", [args.hf, str(args.script), "prep", *map(str, flags)]), args.threads)
     if "error" in line:
@@ -94,7 +93,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
                 tokens = ["--tokens", str(kept_tokens(group.records, args))]
                 call = [python, str(args.script), peer, *group.flags, *flags, *steps, *tokens]
                 jobs.append(Job(peer, call))
-        data = ["--records", SHARED / "data" / group.records]
+        data = ["--records", args.data / group.records, "--tokenizer", args.data / TOKENIZER]
         for name, flags in group.ours.items():
             jobs.append(Job(name, measurement("step", [*group.flags, *steps, *flags, *data])))
     return found

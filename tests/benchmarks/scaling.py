@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.benchmarks.inputs import TOKENIZER
 from tests.benchmarks.interleaved import (
     Job,
     Line,
@@ -85,7 +86,13 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     }
 
     def job(name: str, change: Flags) -> Job:
-        flags = {**BASE, "threads": args.threads, "steps": args.steps, **change}
+        flags = {
+            **BASE,
+            "tokenizer": args.data / TOKENIZER,
+            "threads": args.threads,
+            "steps": args.steps,
+            **change,
+        }
         words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
         return Job(name, measurement("step", [word for word in words if word]))
 

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 
 from tests.benchmarks import interleaved
+from tests.benchmarks.inputs import DATA, SHORT, TOKENIZER
 from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name, memory, seconds_since_start
 
-DATA = interleaved.SHARED / "data"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-OURS, HF, HELP, TOKENIZER = "llama_lightning", "hf", "help", "tokenizer"
+OURS, HF, HELP, TEXT = "llama_lightning", "hf", "help", "text"
 HEAVY = ("torch", "lightning", "transformers", "bitsandbytes", "tensorboard")
 
 
@@ -130,20 +130,21 @@ def vocab_size(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text())["vocab_size"])
 
 
-PEERS = {OURS: ours, HF: huggingface, HELP: print_help, TOKENIZER: tokenize}
+PEERS = {OURS: ours, HF: huggingface, HELP: print_help, TEXT: tokenize}
 
 
 def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     """Name the measurements, and write the checkpoint that they read."""
     from tests.random_llama import kept_random_llama  # torch: not in the processes that are timed
 
-    kept_random_llama(args.shape, DATA / "llama3-tokenizer.model")
-    command = interleaved.measurement("startup", ["--shape", args.shape, "--peer"])
+    kept_random_llama(args.shape, args.data / TOKENIZER)
+    flags = ["--shape", args.shape, "--records", args.data / SHORT, "--peer"]
+    command = interleaved.measurement("startup", flags)
 
     def job(peer: str) -> Job:
         return Job(peer, [*(command if peer != HF else [args.hf, *command[1:]]), peer])
 
-    return {"step": [job(OURS), job(HF)], "light": [job(HELP), job(TOKENIZER)]}
+    return {"step": [job(OURS), job(HF)], "light": [job(HELP), job(TEXT)]}
 
 
 def table(runs: Runs) -> list[str]:
@@ -152,7 +153,7 @@ def table(runs: Runs) -> list[str]:
         OURS: "first LoRA step done",
         HF: "the same by transformers + PEFT",
         HELP: "`--help`",
-        TOKENIZER: "one text tokenised",
+        TEXT: "one text tokenised",
     }
     imported = {line["name"]: line.get("imported") for lines in runs.values() for line in lines}
     rows: list[list[object]] = []
@@ -176,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.startup", description=__doc__)
     parser.add_argument("--peer", choices=list(PEERS), required=True)
     parser.add_argument("--shape", default=interleaved.DEFAULT_SHAPE)
-    parser.add_argument("--records", type=Path, default=DATA / "instruction-data.json")
+    parser.add_argument("--records", type=Path, default=DATA / SHORT)
     parser.add_argument("--batch", type=int, default=4, help="records in the step")
     args = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "llama_lightning_benchmarks" / args.shape

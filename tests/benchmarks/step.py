@@ -33,6 +33,7 @@ from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.optim import OptimizerConfig
 from llama_lightning.training.trainer import Trainer
 from tests.benchmarks.folded import FoldedData
+from tests.benchmarks.inputs import DATA, SHORT, TOKENIZER
 from tests.benchmarks.machine import (
     machine_name,
     matmul_ceiling,
@@ -42,7 +43,6 @@ from tests.benchmarks.machine import (
 )
 from tests.random_llama import SHAPES, kept_random_llama
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 PRECISION = {
     ("lora", "bf16"): "bf16-mixed",
     ("full", "bf16"): "bf16-true",
@@ -140,12 +140,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.step", description=__doc__)
     parser.add_argument("--mode", choices=["lora", "full"], default="lora")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b-4l")
-    parser.add_argument("--records", type=Path, default=SHARED / "instruction-data.json")
+    parser.add_argument("--records", type=Path, default=DATA / SHORT)
     parser.add_argument(
         "--generated", type=int, default=0, help="so many generated records instead"
     )
     parser.add_argument("--words", type=int, default=0, help="an answer of a generated record")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "llama3-tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, default=DATA / TOKENIZER)
     parser.add_argument("--batch", type=int, default=9, help="records a step")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--devices", type=int, default=1, help="processes, of --threads each")

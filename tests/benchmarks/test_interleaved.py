@@ -172,7 +172,7 @@ def test_startup_is_compared_with_transformers() -> None:
 
     runs = {
         "step": [one(startup.OURS, 3, ["torch"]), one(startup.HF, 6, ["transformers"])],
-        "light": [one(startup.HELP, 0.1, []), one(startup.TOKENIZER, 0.5, [])],
+        "light": [one(startup.HELP, 0.1, []), one(startup.TEXT, 0.5, [])],
     }
     assert [cells(row)[1:] for row in startup.table(runs)[2:]] == [
         ["3.00", "0.50", "1.50", "0.50", "torch"],
@@ -218,7 +218,7 @@ def test_light_paths_import_nothing_heavy(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     (tmp_path / "llama_lightning_benchmarks").mkdir()
     (tmp_path / "llama_lightning_benchmarks" / "tiny").symlink_to(TINY)
-    for peer in (startup.HELP, startup.TOKENIZER):
+    for peer in (startup.HELP, startup.TEXT):
         command = interleaved.measurement("startup", ["--shape", "tiny", "--peer", peer])
         line = interleaved.run(Job(peer, command), 1)
         print(line)

@@ -6,6 +6,7 @@ on 52,000 generated records of Alpaca's lengths, loaded in the training process 
 
 import argparse
 
+from tests.benchmarks.inputs import TOKENIZER
 from tests.benchmarks.interleaved import Job, Part, Runs, main, markdown, measurement, medians
 
 RECORDS = 52_000
@@ -16,6 +17,7 @@ FLAGS = ["--mode", "full", "--shape", "s512v4k", "--batch", 4, "--generated", RE
 def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     """Name the measurements."""
     flags = [*FLAGS, "--warmup", 3, "--steps", STEPS * args.steps, "--threads", args.threads]
+    flags += ["--tokenizer", args.data / TOKENIZER]
     return {
         "workers": [
             Job(f"{workers}", measurement("step", [*flags, "--workers", workers]))
