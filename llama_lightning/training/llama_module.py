@@ -137,8 +137,9 @@ class LlamaModule(StoredModule):
         Raises:
             UsageError: no compiler on this machine.
         """
-        missing = missing_compiler(self.trainer.strategy.root_device.type)
-        if self.compile_blocks and stage != "predict" and missing:
+        if not self.compile_blocks or stage == "predict":
+            return
+        if missing := missing_compiler(self.trainer.strategy.root_device.type):
             raise UsageError(
                 f"model.compile needs a compiler, and there is no {missing} on this machine: "
                 "install one, or set model.compile to false"

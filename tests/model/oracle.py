@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from llama_lightning.model.config import LlamaConfig, RopeScaling, config_to_huggingface
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig
-from llama_lightning.records import IGNORE_INDEX
+from llama_lightning.model.loss import supervised_positions
+from llama_lightning.records import IGNORE_INDEX, Prefixes
 
 SMALL = LlamaConfig(
     vocab_size=300,
@@ -165,6 +166,18 @@ def flat_batch(records: Sequence[Record]) -> Flat:
         torch.cat([torch.arange(int(n)) for n in lengths]),
         F.pad(lengths.cumsum(0), (1, 0)),
     )
+
+
+def supervised_hidden(model: Llama, batch: Flat, prefixes: Prefixes | None) -> Tensor:
+    """Hidden states at the positions that carry loss."""
+    hidden: Tensor = model.model(
+        batch.tokens,
+        positions=batch.positions,
+        boundaries=batch.boundaries,
+        prefixes=prefixes,
+        wanted=supervised_positions(batch.labels),
+    )
+    return hidden
 
 
 def padded_batch(records: Sequence[Record]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from tests.model.oracle import (
     random_records,
     small_config,
     small_llama,
+    supervised_hidden,
 )
 
 KINDS = ["full", "lora", "biases"]
@@ -54,17 +55,6 @@ def _batch() -> tuple[Flat, Prefixes]:
     return flat_batch(records), find_prefixes([r.tokens.tolist() for r in records])
 
 
-def _hidden(model: Llama, batch: Flat, prefixes: Prefixes | None) -> Tensor:
-    hidden: Tensor = model.model(
-        batch.tokens,
-        positions=batch.positions,
-        boundaries=batch.boundaries,
-        prefixes=prefixes,
-        wanted=supervised_positions(batch.labels),
-    )
-    return hidden
-
-
 def _step(
     model: Llama, batch: Flat, prefixes: Prefixes | None, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Counter[int], dict[str, Tensor]]:
@@ -79,7 +69,7 @@ def _step(
     torch.manual_seed(5)
     with monkeypatch.context() as patch:
         patch.setattr(Block, "forward", spy)
-        hidden = _hidden(model, batch, prefixes)
+        hidden = supervised_hidden(model, batch, prefixes)
         targets = batch.labels[supervised_positions(batch.labels)]
         loss = summed_cross_entropy(hidden, targets, model.lm_head)
         loss.backward()
@@ -139,7 +129,7 @@ def _kept_kib(model: Llama, mode: Any) -> float:
     model.model.run_block = BlockRunner(mode)
     batch, prefixes = _batch()
     with Alive(model) as alive, torch.autocast("cpu", torch.bfloat16):
-        hidden = _hidden(model, batch, prefixes)
+        hidden = supervised_hidden(model, batch, prefixes)
         kib = alive.kib()
     hidden.sum().backward()
     return kib
@@ -170,7 +160,7 @@ def test_selective_keeps_wide_products_and_attention() -> None:
 
     def count(mode: Any) -> Counter[str]:
         model.model.run_block = BlockRunner(mode)
-        hidden = _hidden(model, batch, None)
+        hidden = supervised_hidden(model, batch, None)
         ran.clear()
         with Count():
             hidden.sum().backward()

@@ -26,6 +26,7 @@ from tests.model.oracle import (
     randomise_lora,
     relative_difference,
     small_llama,
+    supervised_hidden,
 )
 
 BOUND = 1e-5
@@ -71,22 +72,11 @@ def _batches() -> list[tuple[Flat, Prefixes]]:
     ]
 
 
-def _hidden(model: Llama, batch: Flat, prefixes: Prefixes | None) -> Tensor:
-    hidden: Tensor = model.model(
-        batch.tokens,
-        positions=batch.positions,
-        boundaries=batch.boundaries,
-        prefixes=prefixes,
-        wanted=supervised_positions(batch.labels),
-    )
-    return hidden
-
-
 def _steps(model: Llama, batches: list[tuple[Flat, Prefixes]]) -> list[Tensor]:
     """Losses and gradients of all batches."""
     found = []
     for batch, prefixes in batches:
-        hidden = _hidden(model, batch, prefixes)
+        hidden = supervised_hidden(model, batch, prefixes)
         targets = batch.labels[supervised_positions(batch.labels)]
         loss = summed_cross_entropy(hidden, targets, model.lm_head)
         loss.backward()
@@ -118,10 +108,10 @@ def _compare(kind: str) -> None:
     assert 0 < first == _graphs() <= 5
     assert list(model.state_dict()) == names
     with torch.inference_mode():
-        states = [_hidden(model.eval(), batch, None) for batch, _ in batches]
+        states = [supervised_hidden(model.eval(), batch, None) for batch, _ in batches]
         evaluation = _graphs() - first
         model.model.run_block = BlockRunner()
-        worst = _worst(states, [_hidden(model, batch, None) for batch, _ in batches])
+        worst = _worst(states, [supervised_hidden(model, batch, None) for batch, _ in batches])
     print(f"evaluation: {evaluation} graphs more, worst {worst:.1e}")
     assert evaluation <= 4
     assert worst <= BOUND
