@@ -162,8 +162,8 @@ class Entry(NamedTuple):
 
 
 PLAN = {
-    "batch1": Entry("64 tokens each", 1, 4, "64"),
-    "batch8": Entry("64 tokens each", 8, 16, "64"),
+    "batch1": Entry("64 tokens each", 1, 12, "64"),
+    "batch8": Entry("64 tokens each", 8, 32, "64"),
     "batch32": Entry("64 tokens each", 32, 64, "64"),
     "set8": Entry("as long as the reference, short", 8),
     "set32": Entry("as long as the reference, short", 32),

@@ -34,33 +34,40 @@ class Group(NamedTuple):
     title: str
     records: str
     flags: list[str]  # of all
-    peers: dict[str, list[str]]
-    ours: dict[str, list[str]]
+    peers: dict[str, list[str]]  # a name begins with the program's, up to a comma
+    ours: list[str]
+    apart: bool = True  # ours without shared beginnings too
 
 
 PACKED, PADDED = ["--data", "packed"], ["--data", "padded"]
-ONE_ROW = {SHARING: ["--batch", "9"], APART: ["--batch", "9", "--no-prefix-sharing"]}
+WIDE = [*PACKED, "--width", "1024"]
+NINE, TWO = ["--batch", "9"], ["--batch", "2"]
+LORA = ["--checkpointing", "selective"]  # as in configs/1b_lora.yaml
 # Lengths of 20 to 512 tokens: of few steps, theirs and ours would differ.
 MORE = ["--steps", "10"]
-TWO = {SHARING: ["--batch", "2", *MORE], APART: ["--batch", "2", *MORE, "--no-prefix-sharing"]}
 FULL = {"hf": PACKED, "litgpt": PACKED, "torchtune": PACKED}
 
 
 def comparisons(shape: str) -> dict[str, Group]:
-    """List the comparisons. A packed row of 512 holds some 9 short records, or 1 or 2 long ones."""
+    """List the comparisons.
+
+    A packed row of 512 holds some 9 short records, or 1 or 2 long ones; a row of 1,024 what two
+    long ones can have.
+    """
     lora, every = ["--shape", shape], ["--shape", shape, "--targets", "all"]
     full = ["--mode", "full", "--shape"]
-    four = [*lora, "--batch", "4"]
-    padded = {"hf": PADDED, "litgpt": PADDED}
+    packed, both = {"hf": PACKED}, {"hf": WIDE, "hf, rows of 512": PACKED}
+    padded, four = {"hf": PADDED, "litgpt": PADDED}, [*lora, "--batch", "4"]
+    short, long = [*LORA, *NINE], [*LORA, *MORE]
     return {
-        "short": Group("LoRA q,k,v,o; short answers", SHORT, lora, {"hf": PACKED}, ONE_ROW),
-        "all": Group("LoRA all linears; short answers", SHORT, every, {"hf": PACKED}, ONE_ROW),
-        "long": Group("LoRA q,k,v,o; long answers", LONG, lora, {"hf": PACKED}, TWO),
-        "padded": Group("LoRA q,k,v,o; long answers, batch 4", LONG, four, padded, {SHARING: MORE}),
-        "full": Group("full; dim 512, vocabulary 128,256", SHORT, [*full, "s512"], FULL, ONE_ROW),
-        "full4k": Group(
-            "full; dim 512, vocabulary 4,096", SHORT, [*full, "s512v4k"], FULL, ONE_ROW
+        "short": Group("LoRA q,k,v,o; short answers", SHORT, lora, packed, short),
+        "all": Group("LoRA all linears; short answers", SHORT, every, packed, short),
+        "long": Group("LoRA q,k,v,o; long answers", LONG, lora, both, [*long, *TWO]),
+        "padded": Group(
+            "LoRA q,k,v,o; long answers, batch 4", LONG, four, padded, long, apart=False
         ),
+        "full": Group("full; dim 512, vocabulary 128,256", SHORT, [*full, "s512"], FULL, NINE),
+        "full4k": Group("full; dim 512, vocabulary 4,096", SHORT, [*full, "s512v4k"], FULL, NINE),
     }
 
 
@@ -88,14 +95,17 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     found: dict[str, list[Job]] = {}
     for key, group in comparisons(args.shape).items():
         jobs = found[key] = []
-        for peer, flags in group.peers.items():
+        for name, flags in group.peers.items():
+            peer = name.partition(",")[0]
             if python := getattr(args, peer):
                 tokens = ["--tokens", str(kept_tokens(group.records, args))]
                 call = [python, str(args.script), peer, *group.flags, *flags, *steps, *tokens]
-                jobs.append(Job(peer, call))
+                jobs.append(Job(name, call))
         data = ["--records", args.data / group.records, "--tokenizer", args.data / TOKENIZER]
-        for name, flags in group.ours.items():
-            jobs.append(Job(name, measurement("step", [*group.flags, *steps, *flags, *data])))
+        ours = [*group.flags, *steps, *group.ours, *data]
+        jobs.append(Job(SHARING, measurement("step", ours)))
+        if group.apart:
+            jobs.append(Job(APART, measurement("step", [*ours, "--no-prefix-sharing"])))
     return found
 
 
