@@ -137,5 +137,6 @@ def loss_and_hits(
         for logits, goals in _slices(lm_head(hidden), targets):
             picked = _log_probabilities(logits).gather(1, goals[:, None])
             losses.append(-picked.sum())
-            hits.append((logits.argmax(-1) == goals).sum())
+            # max, as argmax takes 6 times as long on a CPU
+            hits.append((logits.max(-1).indices == goals).sum())
     return torch.stack(losses).sum(), torch.stack(hits).sum()
