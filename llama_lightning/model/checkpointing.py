@@ -25,6 +25,8 @@ def _is_dear(operation: OpOverload, operands: tuple[Any, ...]) -> bool:
     name = str(operation)
     if name in ("aten.mm.default", "aten.addmm.default"):
         return bool(operands[-1].shape[0] >= MIN_COMMON)
+    if name == "llama_lightning.product_in_fp32.default":
+        return bool(operands[-1].shape[1] >= MIN_COMMON)
     # The kernels of attention, one for each device and torch: aten._scaled_dot_product_...
     return "scaled_dot_product" in name or "varlen_attn" in name
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from llama_lightning.model.linear import Linear
 from llama_lightning.model.llama import Llama
 
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -53,10 +54,10 @@ class LoRALinear(nn.Module):
         super().__init__()
         device = base_layer.weight.device
         self.base_layer = base_layer
-        self.lora_A = nn.Linear(
+        self.lora_A = Linear(
             base_layer.in_features, config.rank, bias=False, dtype=dtype, device=device
         )
-        self.lora_B = nn.Linear(
+        self.lora_B = Linear(
             config.rank, base_layer.out_features, bias=False, dtype=dtype, device=device
         )
         self.dropout = nn.Dropout(config.dropout)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama_lightning.model.linear import CPU_HAS_BF16, Linear
+
 
 class PrepackedLinear(nn.Module):
     """A linear layer whose weight has oneDNN's layout.
@@ -38,13 +40,7 @@ class PrepackedLinear(nn.Module):
 def _has_kernels() -> bool:
     ops = torch.ops.mkldnn
     there = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-    return there and bool(ops._is_mkldnn_bf16_supported())
-
-
-def _in_bf16(linear: nn.Linear) -> bool:
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return linear.weight.dtype == torch.bfloat16
+    return there and CPU_HAS_BF16
 
 
 @contextmanager
@@ -59,10 +55,10 @@ def prepacked(model: nn.Module) -> Iterator[None]:
         name: module
         for name, module in model.named_modules()
         if _has_kernels()
-        and type(module) is nn.Linear
+        and type(module) is Linear
         and "lora_" not in name  # small, and LoRALinear reads their type
         and module.weight.device.type == "cpu"
-        and _in_bf16(module)
+        and module.computes_in_bf16(module.weight.dtype)
     }
     try:
         for name, linear in linears.items():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from llama_lightning.model.linear import Linear
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.prepack import PrepackedLinear, prepacked
 from tests.model.oracle import randomise_lora, small_config, small_llama
@@ -38,7 +39,7 @@ def test_logits_are_equal_bit_for_bit(rows: int) -> None:
 
 @needs_onednn
 def test_there_are_never_two_copies_and_training_goes_on() -> None:
-    model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    model = nn.Sequential(Linear(64, 64, bias=False)).bfloat16()
     weight, before = model[0].weight, model[0].weight.detach().clone()
     with torch.inference_mode(), prepacked(model):
         assert weight.nbytes == 0
@@ -53,7 +54,7 @@ def test_there_are_never_two_copies_and_training_goes_on() -> None:
 
 @needs_onednn
 def test_autocast_weights_are_packed_as_it_would_cast_them() -> None:
-    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 8))
+    model = nn.Sequential(Linear(64, 96), Linear(96, 8))
     x = torch.randn(5, 64)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         plain = model(x)

@@ -1,0 +1,95 @@
+"""Linear layers, with bf16 products in fp32 on a processor that has no instructions for bf16.
+
+Such processors are most of those without AVX-512. torch then multiplies bf16 matrices number by
+number: 20 GFLOP/s where the same cores do 160 in fp32. A block of the weight is cast while it is in
+the cache, so that no second copy of it exists, and the casts take no time that shows. The sums are
+in fp32 and their ends are rounded to bf16, as instructions for bf16 do it.
+Letters: M rows, I inputs, O outputs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Outputs whose weights are in fp32 at a time: 4 MB of a matrix with 2,048 inputs.
+OUTPUTS = 512
+# Below so many rows torch's own product reads the weight as fast as memory gives it.
+MIN_ROWS = 6
+
+
+def has_bf16_products() -> bool:
+    """Say whether oneDNN multiplies bf16 matrices on this processor."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asked is not None and bool(asked())
+
+
+CPU_HAS_BF16 = has_bf16_products()
+
+
+def _blocks(weight_OI: Tensor) -> Iterator[Tensor]:
+    """Yield the weights of some outputs in fp32, which are good until the next."""
+    num_outputs, num_inputs = weight_OI.shape
+    wide = torch.empty(min(OUTPUTS, num_outputs), num_inputs)
+    for part in torch.split(weight_OI, OUTPUTS):
+        yield wide[: len(part)].copy_(part)
+
+
+@torch.library.custom_op("llama_lightning::product_in_fp32", mutates_args=())
+def product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply (M, I) by a transposed (O, I), both bf16 on the CPU, into (M, O)."""
+    wide_x, out = x.float(), x.new_empty(len(x), len(weight))
+    with torch.autocast("cpu", enabled=False):
+        for block, outputs in zip(_blocks(weight), torch.split(out, OUTPUTS, 1), strict=True):
+            outputs.copy_((block @ wide_x.T).T)  # for few rows faster than x @ block.T
+    return out
+
+
+@product_in_fp32.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+def _gradients(ctx: Any, gradient_MO: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    of_x = of_weight = None
+    by_outputs = torch.split(gradient_MO, OUTPUTS, 1)
+    with torch.autocast("cpu", enabled=False):
+        if ctx.needs_input_grad[0]:
+            of_x = torch.zeros(x.shape)
+            for gradient, block in zip(by_outputs, _blocks(weight), strict=True):
+                of_x.addmm_(gradient.float(), block)
+            of_x = of_x.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            wide_x, of_weight = x.float(), torch.empty_like(weight)
+            for gradient, rows in zip(by_outputs, torch.split(of_weight, OUTPUTS), strict=True):
+                rows.copy_(gradient.T.float() @ wide_x)
+    return of_x, of_weight
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+product_in_fp32.register_autograd(_gradients, setup_context=_keep)
+
+
+class Linear(nn.Linear):
+    """torch's, in its names and its numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        few = x.shape[:-1].numel() < MIN_ROWS
+        if CPU_HAS_BF16 or few or x.device.type != "cpu" or not self.computes_in_bf16(x.dtype):
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        out: Tensor = product_in_fp32(rows, self.weight.to(torch.bfloat16))
+        out = out if self.bias is None else out + self.bias.to(torch.bfloat16)
+        return out.view(*x.shape[:-1], -1)
+
+    def computes_in_bf16(self, dtype: torch.dtype) -> bool:
+        """Say whether an input of this type on the CPU is multiplied in bf16."""
+        if torch.is_autocast_enabled("cpu"):
+            return torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return dtype == self.weight.dtype == torch.bfloat16

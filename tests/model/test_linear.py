@@ -1,0 +1,137 @@
+"""Products of bf16 matrices in fp32, block by block: exact but for the rounding of their ends."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llama_lightning.data.prefixes import find_prefixes
+from llama_lightning.model import linear
+from llama_lightning.model.linear import Linear, product_in_fp32
+from llama_lightning.model.lora import LoRAConfig, inject_lora
+from llama_lightning.model.loss import summed_cross_entropy, supervised_positions
+from tests.model.oracle import (
+    flat_batch,
+    random_records,
+    randomise_lora,
+    small_config,
+    small_llama,
+    supervised_hidden,
+)
+
+# Between neighbours of bf16 lies 2^-8 to 2^-7 of their size: rounding is off by half of that.
+HALF_STEP = 2**-8
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "OUTPUTS", 32)
+    monkeypatch.setattr(linear, "CPU_HAS_BF16", False)
+
+
+def _operands(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    shapes = (rows, inputs), (outputs, inputs), (rows, outputs)
+    x, weight, gradient = (torch.randn(shape).bfloat16() for shape in shapes)
+    return x.requires_grad_(), weight.requires_grad_(), gradient
+
+
+def _largest_error(found: Tensor, exact: Tensor) -> float:
+    """In what rounding an exact result to bf16 may be off; sums in fp32 add little to it."""
+    assert found.dtype == torch.bfloat16
+    allowed = HALF_STEP * exact.abs() + 1e-5 * exact.abs().max()
+    return float(((found.double() - exact).abs() / allowed).max())
+
+
+# One block, one that is not full, several, and a last one of one output.
+@pytest.mark.parametrize("sizes", [(6, 16, 32), (9, 1200, 5), (40, 96, 192), (7, 128, 65)])
+def test_product_and_gradients_are_the_exact_ones_rounded(sizes: tuple[int, int, int]) -> None:
+    x, weight, gradient = _operands(*sizes)
+    out = product_in_fp32(x, weight)
+    out.backward(gradient)
+    wide_x, wide_weight = x.detach().double(), weight.detach().double()
+    errors = [
+        _largest_error(out.detach(), wide_x @ wide_weight.T),
+        _largest_error(x.grad, gradient.double() @ wide_weight),
+        _largest_error(weight.grad, gradient.double().T @ wide_x),
+    ]
+    print(f"{sizes}: {max(errors):.3f} of what rounding allows")
+    assert max(errors) <= 1.0
+
+
+def test_it_is_an_operation_like_torchs_own() -> None:
+    x, weight, _ = _operands(7, 24, 90)
+    torch.library.opcheck(product_in_fp32, (x, weight))
+    torch.library.opcheck(product_in_fp32, (x.detach(), weight.detach()))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_takes_any_number_of_dimensions_and_a_bias(autocast: bool) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    layer = Linear(24, 90, dtype=dtype)
+    x = torch.randn(2, 5, 24, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(x)
+    rounded = (tensor.detach().bfloat16().double() for tensor in (x, layer.weight, layer.bias))
+    assert out.dtype == torch.bfloat16
+    # The bias is added to what is rounded already.
+    torch.testing.assert_close(out.double(), F.linear(*rounded), atol=2e-2, rtol=2 * HALF_STEP)
+    out.sum().backward()
+    assert layer.weight.grad.dtype == dtype
+    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 10.0))
+
+
+def test_what_is_not_bf16_or_a_few_rows_goes_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def spy(x: Tensor, weight: Tensor) -> Tensor:
+        calls.append(tuple(x.shape))
+        return F.linear(x, weight)
+
+    monkeypatch.setattr(linear, "product_in_fp32", spy)
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        Linear(8, 8, dtype=dtype)(torch.randn(50, 8, dtype=dtype))
+    layer = Linear(8, 8, dtype=torch.bfloat16)
+    layer(torch.randn(1, 5, 8, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.float16):
+        layer(torch.randn(50, 8))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(50, 8))
+    assert not calls
+    layer(torch.randn(2, 3, 8, dtype=torch.bfloat16))
+    monkeypatch.setattr(linear, "CPU_HAS_BF16", True)
+    layer(torch.randn(2, 3, 8, dtype=torch.bfloat16))
+    assert calls == [(6, 8)]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_step_gives_the_loss_of_torchs_products(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_llama(small_config(qkv_bias=True), std=0.05).bfloat16()
+    if kind == "lora":
+        inject_lora(model, LoRAConfig(rank=4), dtype=torch.float32)
+        randomise_lora(model)
+    records = random_records([(12, 4), (9, 1), (30, 2)])
+    batch, prefixes = flat_batch(records), find_prefixes([r.tokens.tolist() for r in records])
+
+    def step() -> tuple[float, dict[str, Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "lora"):
+            hidden = supervised_hidden(model, batch, prefixes)
+            targets = batch.labels[supervised_positions(batch.labels)]
+            loss = summed_cross_entropy(hidden, targets, model.lm_head)
+        loss.backward()
+        gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+        model.zero_grad()
+        return float(loss.detach()) / len(targets), gradients
+
+    loss, gradients = step()
+    monkeypatch.setattr(linear, "CPU_HAS_BF16", True)
+    expected, expected_gradients = step()
+    difference = sum(
+        (gradients[n] - g).square().sum() for n, g in expected_gradients.items()
+    ) / sum(g.square().sum() for g in expected_gradients.values())
+    print(f"{kind}: loss {abs(loss - expected):.1e}, gradients {difference**0.5:.1e} relative norm")
+    assert abs(loss - expected) < 1e-2
+    assert difference**0.5 < 2e-2
