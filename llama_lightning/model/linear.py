@@ -31,7 +31,7 @@ CPU_HAS_BF16 = has_bf16_products()
 def _blocks(weight_OI: Tensor) -> Iterator[Tensor]:
     """Yield the weights of some outputs in fp32, which are good until the next."""
     num_outputs, num_inputs = weight_OI.shape
-    wide = torch.empty(min(OUTPUTS, num_outputs), num_inputs)
+    wide = torch.empty(min(OUTPUTS, num_outputs), num_inputs, dtype=torch.float32)
     for part in torch.split(weight_OI, OUTPUTS):
         yield wide[: len(part)].copy_(part)
 
@@ -57,7 +57,7 @@ def _gradients(ctx: Any, gradient_MO: Tensor) -> tuple[Tensor | None, Tensor | N
     by_outputs = torch.split(gradient_MO, OUTPUTS, 1)
     with torch.autocast("cpu", enabled=False):
         if ctx.needs_input_grad[0]:
-            of_x = torch.zeros(x.shape)
+            of_x = torch.zeros_like(x, dtype=torch.float32)
             for gradient, block in zip(by_outputs, _blocks(weight), strict=True):
                 of_x.addmm_(gradient.float(), block)
             of_x = of_x.to(x.dtype)

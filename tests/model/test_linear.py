@@ -44,11 +44,18 @@ def _largest_error(found: Tensor, exact: Tensor) -> float:
 
 
 # One block, one that is not full, several, and a last one of one output.
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])  # the latter in bf16-true
 @pytest.mark.parametrize("sizes", [(6, 16, 32), (9, 1200, 5), (40, 96, 192), (7, 128, 65)])
-def test_product_and_gradients_are_the_exact_ones_rounded(sizes: tuple[int, int, int]) -> None:
+def test_product_and_gradients_are_the_exact_ones_rounded(
+    sizes: tuple[int, int, int], default: torch.dtype
+) -> None:
     x, weight, gradient = _operands(*sizes)
-    out = product_in_fp32(x, weight)
-    out.backward(gradient)
+    torch.set_default_dtype(default)
+    try:
+        out = product_in_fp32(x, weight)
+        out.backward(gradient)
+    finally:
+        torch.set_default_dtype(torch.float32)
     wide_x, wide_weight = x.detach().double(), weight.detach().double()
     errors = [
         _largest_error(out.detach(), wide_x @ wide_weight.T),
