@@ -4,11 +4,12 @@ One process measures at a time. Each part keeps its measurements in results/PART
 in results/PART-SHAPE.json), from which --print makes the document again.
 """
 
-from tests.benchmarks import generate, peers, scaling, startup, waiting
+from tests.benchmarks import generate, peers, products, scaling, startup, waiting
 from tests.benchmarks.inputs import check
 from tests.benchmarks.interleaved import check_names, document, measure, options
 
-PARTS = {module.PART.name: module.PART for module in (peers, generate, startup, waiting, scaling)}
+MODULES = (peers, generate, startup, waiting, scaling, products)
+PARTS = {module.PART.name: module.PART for module in MODULES}
 
 
 def main() -> None:

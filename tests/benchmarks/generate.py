@@ -184,7 +184,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         command = interleaved.measurement("generate", [*flags, "--peer"])
         found[key] = [
             Job(OURS, [*command, OURS], waiting),
-            Job(HF, [args.hf, *command[1:], HF], waiting),
+            Job(HF, [args.hf, *command[1:], HF, "--dtype", args.peers_dtype], waiting),
         ]
     return found
 

@@ -141,7 +141,7 @@ def measure(part: Part, args: argparse.Namespace, chosen: Sequence[str] = ()) ->
     groups = {key: jobs for key, jobs in part.groups(args).items() if not chosen or key in chosen}
     runs: dict[str, list[Line]] = {key: [] for key in groups}
     report: dict[str, Any] = {
-        "title": f"{part.title}, {args.shape}" if part.shaped else part.title,
+        "title": title(part, args),
         "machine": machine_name("cpu"),
         "versions": versions(args),
         "repeats": args.repeats,
@@ -156,6 +156,14 @@ def measure(part: Part, args: argparse.Namespace, chosen: Sequence[str] = ()) ->
                 runs[key].append(line)
                 write(file, {**report, "table": part.table(runs)})
                 print(f"{part.name} {key}, {job.name}: {brief(line)}", file=sys.stderr, flush=True)
+
+
+def title(part: Part, args: argparse.Namespace) -> str:
+    """Say what is measured; beside peers, with which networks and in which type too."""
+    if not part.shaped:
+        return part.title
+    told = ", peers in fp32" if args.peers_dtype == "float32" else ""
+    return f"{part.title}, {args.shape}{told}"
 
 
 def brief(line: Line) -> str:
@@ -192,6 +200,14 @@ def options(program: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a fit")
     parser.add_argument("--set-rows", type=int, default=200, help="prompts of a data set to answer")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    from llama_lightning.model.linear import CPU_HAS_BF16  # torch: not where a start is timed
+
+    parser.add_argument(
+        "--peers-dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16" if CPU_HAS_BF16 else "float32",
+        help="what peers compute in; without instructions for bf16 a step in it takes them hours",
+    )
     parser.add_argument("--hf", default=sys.executable, help="python with transformers and peft")
     parser.add_argument("--litgpt", help="python with litgpt")
     parser.add_argument("--torchtune", help="python with torchtune")

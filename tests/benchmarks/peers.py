@@ -26,6 +26,7 @@ from tests.benchmarks.interleaved import (
 )
 
 SHARING, APART = "ours", "ours, prefixes apart"
+LIKE_PEERS = "ours in fp32"  # where they do not compute in bf16
 
 
 class Group(NamedTuple):
@@ -92,6 +93,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     if not args.script.is_file():
         sys.exit(f"{args.script}: no peers' script there; name it with --script")
     steps = ["--steps", str(args.steps), "--threads", str(args.threads)]
+    peers_dtype = ["--dtype", {"bfloat16": "bf16", "float32": "fp32"}[args.peers_dtype]]
     found: dict[str, list[Job]] = {}
     for key, group in comparisons(args.shape).items():
         jobs = found[key] = []
@@ -100,12 +102,14 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
             if python := getattr(args, peer):
                 tokens = ["--tokens", str(kept_tokens(group.records, args))]
                 call = [python, str(args.script), peer, *group.flags, *flags, *steps, *tokens]
-                jobs.append(Job(name, call))
+                jobs.append(Job(name, [*call, *peers_dtype]))
         data = ["--records", args.data / group.records, "--tokenizer", args.data / TOKENIZER]
         ours = [*group.flags, *steps, *group.ours, *data]
         jobs.append(Job(SHARING, measurement("step", ours)))
         if group.apart:
             jobs.append(Job(APART, measurement("step", [*ours, "--no-prefix-sharing"])))
+        if args.peers_dtype == "float32":
+            jobs.append(Job(LIKE_PEERS, measurement("step", [*ours, *peers_dtype])))
     return found
 
 

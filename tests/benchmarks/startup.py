@@ -85,7 +85,7 @@ def huggingface(args: argparse.Namespace, folder: Path, cache: Path) -> None:
     encoded = [
         encode_row(row, tokenizer, template, max_seq_len=512) for row in read_rows(args.records)
     ]
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype))
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -142,7 +142,9 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     command = interleaved.measurement("startup", flags)
 
     def job(peer: str) -> Job:
-        return Job(peer, [*(command if peer != HF else [args.hf, *command[1:]]), peer])
+        if peer != HF:
+            return Job(peer, [*command, peer])
+        return Job(peer, [args.hf, *command[1:], peer, "--dtype", args.peers_dtype])
 
     return {"step": [job(OURS), job(HF)], "light": [job(HELP), job(TEXT)]}
 
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--shape", default=interleaved.DEFAULT_SHAPE)
     parser.add_argument("--records", type=Path, default=DATA / SHORT)
     parser.add_argument("--batch", type=int, default=4, help="records in the step")
+    parser.add_argument("--dtype", default="bfloat16", help="what transformers computes in")
     args = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "llama_lightning_benchmarks" / args.shape
     with tempfile.TemporaryDirectory() as cache:

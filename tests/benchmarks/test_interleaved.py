@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import generate, interleaved, peers, scaling, startup, waiting
+from tests.benchmarks import generate, interleaved, peers, products, scaling, startup, waiting
 from tests.benchmarks.__main__ import PARTS
+from tests.benchmarks.inputs import LONG, SHORT
 from tests.benchmarks.interleaved import Job, Part, Runs
 
 ECHO = "import json, sys; print('noise'); print(json.dumps({'tok_s': float(sys.argv[1])}))"
@@ -89,6 +90,7 @@ def test_the_whole_1b_shape_has_files_of_its_own(tmp_path: Path) -> None:
         *(f"{name}-1b.json" for name in ("peers", "generate", "startup")),
         "waiting.json",
         "scaling.json",
+        "products.json",
     ]
 
 
@@ -195,6 +197,44 @@ def test_growth_is_compared_with_the_first_of_its_kind() -> None:
     ]
     waits = waiting.table({"workers": [{"name": "0", "tok_s": 10, "wait": 0.0025}]})
     assert cells(waits[2]) == ["0", "10", "0.25 %"]
+
+
+def test_peers_compute_in_fp32_where_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    script = tmp_path / "peers.py"
+    script.touch()
+    (tmp_path / "llama_lightning_benchmarks").mkdir()
+    for name in (SHORT, LONG):
+        (tmp_path / "llama_lightning_benchmarks" / f"tokens-{name}").touch()
+
+    def jobs(dtype: str) -> dict[str, str]:
+        flags = ["--script", str(script), "--peers-dtype", dtype]
+        args = interleaved.options("", "").parse_args(flags)
+        commands = {job.name: " ".join(job.command) for job in peers.groups(args)["short"]} | {
+            f"generate {job.name}": " ".join(job.command) for job in generate.groups(args)["batch8"]
+        }
+        assert ("fp32" in interleaved.title(peers.PART, args)) == (dtype == "float32")
+        return commands
+
+    plain, wide = jobs("bfloat16"), jobs("float32")
+    assert set(wide) - set(plain) == {peers.LIKE_PEERS}
+    assert wide["hf"].endswith("--dtype fp32")
+    assert plain["hf"].endswith("--dtype bf16")
+    assert wide["generate hf"].endswith("--dtype float32")
+    ours = (peers.SHARING, peers.APART, f"generate {generate.OURS}")
+    assert all(wide[name] == plain[name] for name in ours)
+    assert wide[peers.LIKE_PEERS] == f"{wide[peers.SHARING]} --dtype fp32"
+
+
+def test_ways_of_a_product_are_compared() -> None:
+    def one(way: str, forward: float) -> dict:
+        return {"name": way, "forward 8": forward, "backward 8": 2 * forward}
+
+    rows = products.table({"products": [one(products.TORCH, 6), one(products.OURS, 2)]})
+    found = {tuple(cells(row)[:2]): cells(row)[2:] for row in rows[2:]}
+    assert found["8", "forward"] == ["6", "2", "3.00"]
+    assert found["8", "backward"] == ["12", "4", "3.00"]
+    assert found["1", "forward"] == ["", "", ""]
 
 
 def test_records_of_equal_and_of_spread_lengths_have_the_same_words(tmp_path: Path) -> None:
