@@ -100,16 +100,19 @@ def test_what_is_not_bf16_or_a_few_rows_goes_torchs_way(monkeypatch: pytest.Monk
     for dtype in (torch.float32, torch.float64, torch.float16):
         Linear(8, 8, dtype=dtype)(torch.randn(50, 8, dtype=dtype))
     layer = Linear(8, 8, dtype=torch.bfloat16)
-    layer(torch.randn(1, 5, 8, dtype=torch.bfloat16))
+    with torch.no_grad():
+        layer(torch.randn(1, 5, 8, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.float16):
         layer(torch.randn(50, 8))
     with pytest.raises(RuntimeError, match="dtype"):
         layer(torch.randn(50, 8))
     assert not calls
-    layer(torch.randn(2, 3, 8, dtype=torch.bfloat16))
+    with torch.no_grad():
+        layer(torch.randn(2, 3, 8, dtype=torch.bfloat16))
+    layer(torch.randn(1, 8, dtype=torch.bfloat16))
     monkeypatch.setattr(linear, "CPU_HAS_BF16", True)
     layer(torch.randn(2, 3, 8, dtype=torch.bfloat16))
-    assert calls == [(6, 8)]
+    assert calls == [(6, 8), (1, 8)]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
