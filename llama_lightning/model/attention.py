@@ -23,8 +23,9 @@ MIN_FILL = 0.7
 class RaggedRows(NamedTuple):
     """Where the tokens of a flat batch stand in padded grids of similar rows, and back."""
 
-    to_grids: list[Tensor]  # (b, s) each: index into the flat tokens; pads repeat the row's last
-    from_cells: Tensor  # index into the cells of all grids, laid end to end
+    grids: list[tuple[int, int]]  # rows and steps of each
+    to_cells: Tensor  # of all grids, end to end: index into the flat tokens; pads repeat the last
+    from_cells: Tensor  # index into the cells
     boundaries: Tensor  # (B + 1,) int32
     longest: int  # row, in tokens
     prefixes: Prefixes | None
@@ -58,14 +59,14 @@ def ragged_rows(boundaries: Tensor, prefixes: Prefixes | None = None) -> RaggedR
             steps_S = torch.arange(lengths[first], device=boundaries.device)
             real.append((steps_S < lengths_B[rows, None]).flatten())
             first = row
+    shapes = [(len(grid), grid.shape[1]) for grid in grids]
+    to_cells = torch.cat([grid.flatten() for grid in grids])
     cells = torch.cat(real).nonzero().squeeze(1)
-    tokens = torch.cat([grid.flatten() for grid in grids])[cells]
-    from_cells_T = cells[tokens.argsort()]
+    from_cells = cells[to_cells[cells].argsort()]
+    if prefixes is not None:
+        to_cells, from_cells = prefixes.representative[to_cells], from_cells[prefixes.distinct]
     ends = boundaries.to(torch.int32), lengths[0], prefixes
-    if prefixes is None:
-        return RaggedRows(grids, from_cells_T, *ends)
-    grids = [prefixes.representative[grid] for grid in grids]
-    return RaggedRows(grids, from_cells_T[prefixes.distinct], *ends)
+    return RaggedRows(shapes, to_cells, from_cells, *ends)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,11 +74,6 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
     )
     return out.transpose(1, 2)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    # x[index], whose backward pass takes five times as long on a CPU.
-    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
 
 
 def _over_grids(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows) -> Tensor:
@@ -89,10 +85,16 @@ def _over_grids(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows) -> Tensor:
         q, k, v = (x.to(torch.promote_types(stored, torch.float32)) for x in (q, k, v))
     # In a grid padded on the right, causality alone hides the pads from every real token, so a
     # record can see neither pads nor its neighbours. Pad cells are never read back.
+    # All grids are taken at once, as the backward pass of each would fill a tensor of all tokens;
+    # and by index_select, as that of x[index] takes five times as long on a CPU.
+    sizes = [num_rows * num_steps for num_rows, num_steps in rows.grids]
+    taken = (torch.split(x.index_select(0, rows.to_cells), sizes) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
-        grids = [_causal(*(_take(x, grid) for x in (q, k, v))) for grid in rows.to_grids]
-    cells = torch.cat([grid.flatten(0, 1) for grid in grids])
-    return cells.index_select(0, rows.from_cells).to(stored)
+        mixed = [
+            _causal(*(x.view(*grid, *x.shape[1:]) for x in parts)).flatten(0, 1)
+            for grid, *parts in zip(rows.grids, *taken, strict=True)
+        ]
+    return torch.cat(mixed).index_select(0, rows.from_cells).to(stored)
 
 
 @cache
