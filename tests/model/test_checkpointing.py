@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llama_lightning.data.prefixes import find_prefixes
-from llama_lightning.model import checkpointing
+from llama_lightning.model import checkpointing, linear
 from llama_lightning.model.block_runner import BlockRunner
 from llama_lightning.model.llama import Block, Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig, inject_lora
@@ -79,7 +79,7 @@ def _step(
     return calls, {"loss": loss.detach(), **found}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 in fp32"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
@@ -89,7 +89,8 @@ def test_each_block_runs_twice_and_no_bit_changes(
     model = _model(kind, dropout)
     batch, prefixes = _batch()
     shared = None if dropout else prefixes
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    monkeypatch.setattr(linear, "CPU_HAS_BF16", precision == "bf16")
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
         once, plain = _step(model, batch, shared, monkeypatch)
         model.model.run_block = BlockRunner(mode)
         twice, checkpointed = _step(model, batch, shared, monkeypatch)
@@ -145,30 +146,38 @@ def test_less_is_kept_the_more_is_computed_again(kind: str, targets: int) -> Non
     assert full < 0.5 * selective
 
 
-def test_selective_keeps_wide_products_and_attention() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_selective_keeps_wide_products_and_attention(
+    bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is called dear is not computed twice; LoRA's product by B is."""
     ran: Counter[str] = Counter()
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            narrow = str(func) == "aten.mm.default" and args[1].shape[0] < checkpointing.MIN_COMMON
+            common = {"aten.mm.default": 0, "llama_lightning.product_in_fp32.default": 1}
+            dimension = common.get(str(func))
+            narrow = dimension is not None and args[1].shape[dimension] < checkpointing.MIN_COMMON
             ran[f"{func}{' narrow' if narrow else ''}"] += 1
             return func(*args, **(kwargs or {}))
 
+    monkeypatch.setattr(linear, "CPU_HAS_BF16", False)
     model = _model("lora", targets=4)
     batch, _ = _batch()
 
     def count(mode: Any) -> Counter[str]:
         model.model.run_block = BlockRunner(mode)
-        hidden = supervised_hidden(model, batch, None)
-        ran.clear()
-        with Count():
-            hidden.sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = supervised_hidden(model, batch, None)
+            ran.clear()
+            with Count():
+                hidden.sum().backward()
         return ran.copy()
 
     none, selective, full = (count(mode) for mode in (False, "selective", True))
     attention = "aten._scaled_dot_product_flash_attention_for_cpu.default"
-    names = ("aten.mm.default", "aten.mm.default narrow", attention, "aten.silu.default")
+    product = "llama_lightning.product_in_fp32.default" if bf16 else "aten.mm.default"
+    names = (product, f"{product} narrow", attention, "aten.silu.default")
     for name in names:
         print(f"{name}: {none[name]}, selective {selective[name]}, full {full[name]} in backward")
     wide, narrow, attention, silu = names
