@@ -33,7 +33,7 @@ CPU_HAS_BF16 = has_bf16_products()
 def _blocks(weight_OI: Tensor) -> Iterator[Tensor]:
     """Yield the weights of some outputs in fp32, which are good until the next."""
     num_outputs, num_inputs = weight_OI.shape
-    wide = torch.empty(min(OUTPUTS, num_outputs), num_inputs, dtype=torch.float32)
+    wide = weight_OI.new_empty(min(OUTPUTS, num_outputs), num_inputs, dtype=torch.float32)
     for part in torch.split(weight_OI, OUTPUTS):
         yield wide[: len(part)].copy_(part)
 
@@ -41,7 +41,7 @@ def _blocks(weight_OI: Tensor) -> Iterator[Tensor]:
 @torch.library.custom_op("llama_lightning::product_in_fp32", mutates_args=())
 def product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply (M, I) by a transposed (O, I), both bf16 on the CPU, into (M, O)."""
-    wide_x, out = x.float(), x.new_empty(len(x), len(weight))
+    wide_x, out = x.float(), x.new_empty(x.shape[0], weight.shape[0])
     with torch.autocast("cpu", enabled=False):
         for block, outputs in zip(_blocks(weight), torch.split(out, OUTPUTS, 1), strict=True):
             outputs.copy_((block @ wide_x.T).T)  # for few rows faster than x @ block.T
@@ -50,48 +50,53 @@ def product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
 
 @product_in_fp32.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], weight.shape[0])  # len() would compile for one length only
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    # As F.linear: beside a frozen weight nobody needs x.
+    x, weight = inputs
+    x_needs, weight_needs = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if weight_needs else None, weight if x_needs else None)
 
 
 def _gradients(ctx: Any, gradient_MO: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     of_x = of_weight = None
+    (num_rows, num_outputs), dtype = gradient_MO.shape, gradient_MO.dtype
     by_outputs = torch.split(gradient_MO, OUTPUTS, 1)
     with torch.autocast("cpu", enabled=False):
-        if ctx.needs_input_grad[0]:
-            of_x = torch.zeros_like(x, dtype=torch.float32)
+        if weight is not None:
+            sums = gradient_MO.new_zeros(num_rows, weight.shape[1], dtype=torch.float32)
             for gradient, block in zip(by_outputs, _blocks(weight), strict=True):
-                of_x.addmm_(gradient.float(), block)
-            of_x = of_x.to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            wide_x, of_weight = x.float(), torch.empty_like(weight)
+                sums.addmm_(gradient.float(), block)
+            of_x = sums.to(dtype)
+        if x is not None:
+            wide_x, of_weight = x.float(), gradient_MO.new_empty(num_outputs, x.shape[1])
             for gradient, rows in zip(by_outputs, torch.split(of_weight, OUTPUTS), strict=True):
                 rows.copy_(gradient.T.float() @ wide_x)
     return of_x, of_weight
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 product_in_fp32.register_autograd(_gradients, setup_context=_keep)
 
 
 class Linear(nn.Linear):
-    """torch's, in its names and its numbers."""
+    """torch's, but for how bf16 is multiplied on such a processor."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
-        few = x.shape[:-1].numel() < MIN_ROWS and not torch.is_grad_enabled()
-        if CPU_HAS_BF16 or few or x.device.type != "cpu" or not self.computes_in_bf16(x.dtype):
+        if CPU_HAS_BF16 or x.device.type != "cpu" or not self.computes_in_bf16(x.dtype):
+            return super().forward(x)
+        if not torch.is_grad_enabled() and x.shape[:-1].numel() < MIN_ROWS:
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         out: Tensor = product_in_fp32(rows, self.weight.to(torch.bfloat16))
         out = out if self.bias is None else out + self.bias.to(torch.bfloat16)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], self.out_features)
 
     def computes_in_bf16(self, dtype: torch.dtype) -> bool:
         """Say whether an input of this type on the CPU is multiplied in bf16."""
-        if torch.is_autocast_enabled("cpu"):
+        if dtype != torch.float64 and torch.is_autocast_enabled("cpu"):  # which leaves float64
             return torch.get_autocast_dtype("cpu") == torch.bfloat16
         return dtype == self.weight.dtype == torch.bfloat16

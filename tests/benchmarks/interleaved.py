@@ -2,7 +2,7 @@
 
 A part of the benchmark is groups of named commands, each of which prints one JSON line. They run
 1, 2, 3, 1, 2, 3 ..., so that what else the machine does meets all alike. Every line is in the
-part's file before the next command starts. It does not know what is measured.
+part's file before the next command starts.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from llama_lightning.data.prefixes import find_prefixes
+from llama_lightning.model import linear
 from llama_lightning.model.block_runner import BlockRunner
 from llama_lightning.model.compilation import compiled, missing_compiler
 from llama_lightning.model.generate import generate
@@ -90,6 +91,7 @@ def _worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def _compare(kind: str) -> None:
+    """Train and evaluate with and without compilation, in the same few graphs."""
     model, batches = _model(kind), _batches()
     names = list(model.state_dict())
     plain = _steps(model, batches)
@@ -123,6 +125,14 @@ def test_a_few_graphs_serve_all_layers_and_lengths(
 ) -> None:
     _without_code(monkeypatch)
     _compare(kind)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_so_do_they_with_bf16_products_in_fp32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "CPU_HAS_BF16", False)
+    _without_code(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _compare(kind)
 
 
 @pytest.mark.slow  # a minute of compilation

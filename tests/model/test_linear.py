@@ -66,6 +66,34 @@ def test_product_and_gradients_are_the_exact_ones_rounded(
     assert max(errors) <= 1.0
 
 
+@pytest.mark.parametrize("trained", ["x", "weight", "both", "none"])
+def test_only_what_a_gradient_needs_is_kept(trained: str) -> None:
+    x, weight, gradient = _operands(7, 24, 90)
+    x.requires_grad_(trained in ("x", "both"))
+    weight.requires_grad_(trained in ("weight", "both"))
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = product_in_fp32(x, weight)
+    expected = {"x": [(90, 24)], "weight": [(7, 24)], "both": [(7, 24), (90, 24)], "none": []}
+    assert kept == expected[trained]
+    if trained != "none":
+        out.backward(gradient)
+    assert (x.grad is None, weight.grad is None) == (not x.requires_grad, not weight.requires_grad)
+
+
+def test_no_rows_are_a_product_of_no_rows() -> None:
+    layer = Linear(24, 90, dtype=torch.bfloat16)
+    out = layer(torch.empty(0, 24, dtype=torch.bfloat16))
+    assert out.shape == (0, 90)
+    out.sum().backward()
+    assert not layer.weight.grad.any()
+
+
 def test_it_is_an_operation_like_torchs_own() -> None:
     x, weight, _ = _operands(7, 24, 90)
     torch.library.opcheck(product_in_fp32, (x, weight))
@@ -104,6 +132,9 @@ def test_what_is_not_bf16_or_a_few_rows_goes_torchs_way(monkeypatch: pytest.Monk
         layer(torch.randn(1, 5, 8, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.float16):
         layer(torch.randn(50, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = Linear(8, 8, dtype=torch.float64)(torch.randn(50, 8, dtype=torch.float64))
+    assert wide.dtype == torch.float64
     with pytest.raises(RuntimeError, match="dtype"):
         layer(torch.randn(50, 8))
     assert not calls
@@ -136,9 +167,20 @@ def test_a_step_gives_the_loss_of_torchs_products(
         model.zero_grad()
         return float(loss.detach()) / len(targets), gradients
 
+    calls: list[int] = []
+
+    def spy(x: Tensor, weight: Tensor) -> Tensor:
+        calls.append(len(x))
+        out: Tensor = product_in_fp32(x, weight)
+        return out
+
+    monkeypatch.setattr(linear, "product_in_fp32", spy)
     loss, gradients = step()
+    assert len(calls) == 7 * 2 * (3 if kind == "lora" else 1) + 1
+    calls.clear()
     monkeypatch.setattr(linear, "CPU_HAS_BF16", True)
     expected, expected_gradients = step()
+    assert not calls
     difference = sum(
         (gradients[n] - g).square().sum() for n, g in expected_gradients.items()
     ) / sum(g.square().sum() for g in expected_gradients.values())
