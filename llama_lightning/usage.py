@@ -51,7 +51,7 @@ def read_config(path: Path) -> dict[str, Any]:
         near = sorted(
             str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.yaml")
         )
-        close = difflib.get_close_matches(str(path), near, 3, 0.0)
+        close = difflib.get_close_matches(str(path), near, 5, 0.0)
         hint = f"; there are {', '.join(close)}" if close else ""
         raise UsageError(f"--config {path}: no such file{hint}")
     try:

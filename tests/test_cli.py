@@ -181,6 +181,14 @@ def test_wrong_value(run, arguments, code, said):
     assert found == code
 
 
+def test_a_missing_checkpoint_names_those_beside_it(run, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    code, error = run("--ckpt_path=checkpoints/best.ckpt")
+    assert code == DATA
+    assert error.endswith("best.ckpt: no such file; there are checkpoints/last.ckpt")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_asked_for_and_absent(run):
     code, error = run("--trainer.accelerator=cuda")

@@ -39,7 +39,9 @@ def read_checkpoint(
             + (f", e.g. {found[-1]}" if found else ", e.g. checkpoints/last.ckpt of a run")
         )
     if not Path(path).is_file():
-        raise CheckpointError(f"--ckpt_path {path}: no such file")
+        beside = ", ".join(sorted(str(p) for p in Path(path).parent.glob("*.ckpt")))
+        hint = f"; there are {beside}" if beside else ""
+        raise CheckpointError(f"--ckpt_path {path}: no such file{hint}")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises any of a dozen types for a damaged or hostile file
