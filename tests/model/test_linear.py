@@ -186,4 +186,4 @@ def test_a_step_gives_the_loss_of_torchs_products(
     ) / sum(g.square().sum() for g in expected_gradients.values())
     print(f"{kind}: loss {abs(loss - expected):.1e}, gradients {difference**0.5:.1e} relative norm")
     assert abs(loss - expected) < 1e-2
-    assert difference**0.5 < 2e-2
+    assert difference**0.5 < 5e-2
