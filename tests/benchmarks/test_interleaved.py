@@ -201,6 +201,7 @@ def test_growth_is_compared_with_the_first_of_its_kind() -> None:
 
 def test_peers_compute_in_fp32_where_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tests.random_llama.kept_random_llama", lambda *_: tmp_path)
     script = tmp_path / "peers.py"
     script.touch()
     (tmp_path / "llama_lightning_benchmarks").mkdir()
@@ -213,6 +214,9 @@ def test_peers_compute_in_fp32_where_told(tmp_path: Path, monkeypatch: pytest.Mo
         commands = {job.name: " ".join(job.command) for job in peers.groups(args)["short"]} | {
             f"generate {job.name}": " ".join(job.command) for job in generate.groups(args)["batch8"]
         }
+        commands |= {
+            f"startup {job.name}": " ".join(job.command) for job in startup.groups(args)["step"]
+        }
         assert ("fp32" in interleaved.title(peers.PART, args)) == (dtype == "float32")
         return commands
 
@@ -221,7 +225,9 @@ def test_peers_compute_in_fp32_where_told(tmp_path: Path, monkeypatch: pytest.Mo
     assert wide["hf"].endswith("--dtype fp32")
     assert plain["hf"].endswith("--dtype bf16")
     assert wide["generate hf"].endswith("--dtype float32")
-    ours = (peers.SHARING, peers.APART, f"generate {generate.OURS}")
+    assert wide["startup hf"].endswith("--dtype float32")
+    assert plain["startup hf"].endswith("--dtype bfloat16")
+    ours = (peers.SHARING, peers.APART, f"generate {generate.OURS}", f"startup {startup.OURS}")
     assert all(wide[name] == plain[name] for name in ours)
     assert wide[peers.LIKE_PEERS] == f"{wide[peers.SHARING]} --dtype fp32"
 
