@@ -108,7 +108,7 @@ def test_samples_in_tensorboard(fitted):
     events = EventAccumulator(str(version))
     events.Reload()
     tables = events.Tensors("samples/responses/text_summary")
-    assert [table.step for table in tables] == [0, 175, 350, 525, 700]
+    assert [table.step for table in tables] == [0, 80, 160, 240, 320]
     first, last = (t.tensor_proto.string_val[0].decode() for t in (tables[0], tables[-1]))
     assert first.startswith("| instruction | input | reference | response |\n| --- |")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in last.split("\n")[2:]]

@@ -1,12 +1,12 @@
 """`python -m tests.benchmarks`: every part of the benchmark, or the parts named, as one document.
 
-One process measures at a time. Each part keeps its measurements in results/PART.json (with --shape
-in results/PART-SHAPE.json), from which --print makes the document again.
+One process measures at a time. Each part keeps its measurements in results/MACHINE/PART.json (with
+--shape in PART-SHAPE.json), from which --print makes the document again.
 """
 
 from tests.benchmarks import generate, peers, products, scaling, startup, waiting
 from tests.benchmarks.inputs import check
-from tests.benchmarks.interleaved import check_names, document, measure, options
+from tests.benchmarks.interleaved import check_names, measure, options, printed
 
 MODULES = (peers, generate, startup, waiting, scaling, products)
 PARTS = {module.PART.name: module.PART for module in MODULES}
@@ -22,7 +22,7 @@ def main() -> None:
         check(args.data)
         for part in parts:
             measure(part, args)
-    print(document(part.file(args) for part in parts))
+    print(printed(parts, args))
 
 
 if __name__ == "__main__":

@@ -167,8 +167,7 @@ PLAN = {
     "batch32": Entry("64 tokens each", 32, 64, "64"),
     "set8": Entry("as long as the reference, short", 8),
     "set32": Entry("as long as the reference, short", 32),
-    "long8": Entry("as long as the reference, long", 8, records=LONG),
-    "long32": Entry("as long as the reference, long", 32, records=LONG),
+    "long8": Entry("as long as the reference, long", 8, 32, records=LONG),
 }
 
 
@@ -176,22 +175,24 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     """Name the measurements."""
     waiting = {name: os.environ.get(name, "") for name in WAITING}
     waiting = waiting if any(waiting.values()) else WAITING
+    dtype = interleaved.peers_dtype(args)
     found = {}
     for key, (_, batch, rows, new, records) in PLAN.items():
         flags = ["--shape", args.shape, "--records", args.data / records]
         flags += ["--tokenizer", args.data / TOKENIZER, "--rows", rows or args.set_rows]
         flags += ["--batch", batch, "--new", new, "--repeats", 1, "--threads", args.threads]
-        command = interleaved.measurement("generate", [*flags, "--peer"])
+        command = interleaved.measurement("generate", [*flags, "--device", args.device, "--peer"])
         found[key] = [
             Job(OURS, [*command, OURS], waiting),
-            Job(HF, [args.hf, *command[1:], HF, "--dtype", args.peers_dtype], waiting),
+            Job(HF, [args.hf, *command[1:], HF, "--dtype", dtype], waiting),
         ]
     return found
 
 
 def table(runs: Runs) -> list[str]:
     """Lay out medians and ratios to transformers; of steps' times how often ours fits in theirs."""
-    keys = ("new_tok_s", "new_tok_s_cpu", "decode_step_ms", "peak_rss_gib", "rows")
+    keys = ("new_tok_s", "new_tok_s_cpu", "decode_step_ms", "rows")
+    keys += ("peak_rss_gib", "peak_cuda_gib")
     rows: list[list[object]] = []
     for key, lines in runs.items():
         figures, entry = interleaved.medians(lines, keys), PLAN[key]
@@ -203,7 +204,7 @@ def table(runs: Runs) -> list[str]:
             row += [mine[name], theirs.get(name), interleaved.ratio(mine[name], theirs.get(name))]
         step, other = mine.get("decode_step_ms"), theirs.get("decode_step_ms")
         row += [step, other, interleaved.ratio(other, step) if step and other else None]
-        memory = (mine["peak_rss_gib"], theirs.get("peak_rss_gib"))
+        memory = [interleaved.peak_gib(one) if one else None for one in (mine, theirs)]
         rows.append([*row, *memory, interleaved.ratio(*memory)])
     head = ["what", "answers", "batch", "rows", "tok/s", "hf", "ratio"]
     head += ["by CPU time", "hf", "ratio", "decode step, ms", "hf", "gain"]

@@ -2,16 +2,19 @@
 
 A part of the benchmark is groups of named commands, each of which prints one JSON line. They run
 1, 2, 3, 1, 2, 3 ..., so that what else the machine does meets all alike. Every line is in the
-part's file before the next command starts.
+part's file before the next command starts. A group that is measured again replaces what the file
+has of it; other groups stay.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +58,13 @@ class Part(NamedTuple):
     groups: Callable[[argparse.Namespace], dict[str, list[Job]]]
     table: Callable[[Runs], list[str]]  # Markdown, of whatever there is so far
     shaped: bool = True  # another --shape makes another file
+    on_gpu: bool = True  # there too
 
     def file(self, args: argparse.Namespace) -> Path:
-        """Where its measurements are kept."""
+        """Where its measurements are kept, by default in a folder of the machine's."""
         plain = args.shape == DEFAULT_SHAPE or not self.shaped
-        return Path(args.out, f"{self.name}.json" if plain else f"{self.name}-{args.shape}.json")
+        name = f"{self.name}.json" if plain else f"{self.name}-{args.shape}.json"
+        return (args.out or results_of(machine_name(args.device))) / name
 
 
 def measurement(program: str, flags: Iterable[object]) -> list[str]:
@@ -113,6 +118,19 @@ def ratio(mine: float, theirs: float | None) -> str | None:
     return f"{mine / theirs:.2f}" if theirs else None
 
 
+def peak_gib(figures: Mapping[str, float]) -> float:
+    """Choose the memory that is short: the GPU's where there is one."""
+    return figures.get("peak_cuda_gib", figures["peak_rss_gib"])
+
+
+def peers_dtype(args: argparse.Namespace) -> str:
+    """Say what peers compute in: in bf16 a step takes them hours without instructions for it."""
+    from llama_lightning.model.linear import CPU_HAS_BF16  # torch: not where a start is timed
+
+    fast = args.device == "cuda" or CPU_HAS_BF16
+    return args.peers_dtype or ("bfloat16" if fast else "float32")
+
+
 def versions(args: argparse.Namespace) -> str:
     """Say what is installed here and in the peers' environments."""
     pythons = {"here": sys.executable, "hf": args.hf}
@@ -138,32 +156,34 @@ def write(file: Path, report: Mapping[str, Any]) -> None:
 
 def measure(part: Part, args: argparse.Namespace, chosen: Sequence[str] = ()) -> None:
     """Run a part, or the groups chosen of it, and keep every line as soon as it is there."""
-    groups = {key: jobs for key, jobs in part.groups(args).items() if not chosen or key in chosen}
-    runs: dict[str, list[Line]] = {key: [] for key in groups}
-    report: dict[str, Any] = {
-        "title": title(part, args),
-        "machine": machine_name("cpu"),
-        "versions": versions(args),
-        "repeats": args.repeats,
-        "runs": runs,
-    }
+    if args.device != "cpu" and not part.on_gpu:
+        return
+    groups = part.groups(args)
+    setting = f"{machine_name(args.device)}; {versions(args)}"
+    if part.shaped and peers_dtype(args) == "float32":
+        setting += "; peers in fp32"
     file = part.file(args)
     file.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(file.read_text())["groups"] if file.is_file() else {}
+    found: dict[str, Any] = {
+        key: {"setting": setting, "lines": []} for key in groups if not chosen or key in chosen
+    }
     for repeat in range(args.repeats):
-        for key, jobs in groups.items():
-            for job in jobs:
+        for key, group in found.items():
+            for job in groups[key]:
+                start = time.monotonic()
                 line = {"name": job.name, "repeat": repeat, **run(job, args.threads)}
-                runs[key].append(line)
-                write(file, {**report, "table": part.table(runs)})
+                group["lines"].append(line | {"took_s": round(time.monotonic() - start, 1)})
+                kept[key] = group
+                runs = {key: kept[key]["lines"] for key in groups if key in kept}
+                report = {"title": title(part, args), "table": part.table(runs)}
+                write(file, {**report, "groups": {key: kept[key] for key in runs}})
                 print(f"{part.name} {key}, {job.name}: {brief(line)}", file=sys.stderr, flush=True)
 
 
 def title(part: Part, args: argparse.Namespace) -> str:
-    """Say what is measured; beside peers, with which networks and in which type too."""
-    if not part.shaped:
-        return part.title
-    told = ", peers in fp32" if args.peers_dtype == "float32" else ""
-    return f"{part.title}, {args.shape}{told}"
+    """Say what is measured; beside peers, with which networks too."""
+    return f"{part.title}, {args.shape}" if part.shaped else part.title
 
 
 def brief(line: Line) -> str:
@@ -176,19 +196,34 @@ def brief(line: Line) -> str:
 
 def document(files: Iterable[Path]) -> str:
     """Make one Markdown text of the parts' files that are there."""
-    reports = [json.loads(file.read_text()) for file in files if file.is_file()]
-    lines = list(dict.fromkeys(f"{r['machine']}; {r['versions']}." for r in reports))
-    for report in reports:
-        lines += ["", f"## {report['title']}", "", f"Medians; repeats: {report['repeats']}.", ""]
-        lines += report["table"]
-        failed = {
-            f"{key}, {line['name']}": None
-            for key, several in report["runs"].items()
-            for line in several
-            if "error" in line
-        }
+    lines = ["# Benchmarks"]
+    for report in (json.loads(file.read_text()) for file in files if file.is_file()):
+        lines += ["", f"## {report['title']}", "", *report["table"], ""]
+        told: dict[str, list[str]] = {}  # how it was measured, and which groups were
+        failed: dict[str, None] = {}
+        for key, group in report["groups"].items():
+            repeats = 1 + max(line["repeat"] for line in group["lines"])
+            told.setdefault(f"Medians; repeats: {repeats}. {group['setting']}.", []).append(key)
+            failed |= {f"{key}, {line['name']}": None for line in group["lines"] if "error" in line}
+        lines += [
+            how if len(told) == 1 else f"- {', '.join(keys)}: {how}" for how, keys in told.items()
+        ]
         lines += ["", f"Failed: {'; '.join(failed)}."] if failed else []
-    return "\n".join(["# Benchmarks", "", *lines])
+    return "\n".join(lines)
+
+
+def results_of(machine: str) -> Path:
+    """Name the folder in which a machine's measurements are kept."""
+    return RESULTS / re.sub("[^a-z0-9]+", "_", machine.lower())
+
+
+def printed(parts: Iterable[Part], args: argparse.Namespace) -> str:
+    """Make the document of what has been measured of some parts."""
+    files = [part.file(args) for part in parts]
+    if not any(file.is_file() for file in files):
+        others = ", ".join(sorted(str(folder) for folder in RESULTS.iterdir() if folder.is_dir()))
+        sys.exit(f"{files[0].parent}: nothing measured; by --out you can name one of {others}")
+    return document(files)
 
 
 def options(program: str, text: str | None) -> argparse.ArgumentParser:
@@ -200,13 +235,11 @@ def options(program: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a fit")
     parser.add_argument("--set-rows", type=int, default=200, help="prompts of a data set to answer")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    from llama_lightning.model.linear import CPU_HAS_BF16  # torch: not where a start is timed
-
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--peers-dtype",
         choices=["bfloat16", "float32"],
-        default="bfloat16" if CPU_HAS_BF16 else "float32",
-        help="what peers compute in; without instructions for bf16 a step in it takes them hours",
+        help="what peers compute in; by default bf16, on a CPU without instructions for it fp32",
     )
     parser.add_argument("--hf", default=sys.executable, help="python with transformers and peft")
     parser.add_argument("--litgpt", help="python with litgpt")
@@ -215,7 +248,7 @@ def options(program: str, text: str | None) -> argparse.ArgumentParser:
         "--script", type=Path, default=SHARED / "bench" / "peers.py", help="runs the peers' steps"
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder of records and tokenizer")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; by default the machine's")
     parser.add_argument("--print", action="store_true", help="print what has been measured before")
     return parser
 
@@ -236,4 +269,4 @@ def main(part: Part, text: str | None) -> None:
         check(args.data)
         check_names(parser, args.names, part.groups(args))
         measure(part, args, args.names)
-    print(document([part.file(args)]))
+    print(printed([part], args))

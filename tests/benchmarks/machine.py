@@ -5,6 +5,7 @@ It does not import torch before torch is measured.
 
 import os
 import platform
+import re
 import resource
 import time
 from pathlib import Path
@@ -28,7 +29,8 @@ def machine_name(device: str) -> str:
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().split("\n")
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+    name = re.sub(r"\((R|TM)\)", "", names[0]) if names else platform.machine()
+    return f"{os.cpu_count()} cores of {name}"
 
 
 def synchronize(device: str) -> None:

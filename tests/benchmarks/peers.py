@@ -21,6 +21,8 @@ from tests.benchmarks.interleaved import (
     markdown,
     measurement,
     medians,
+    peak_gib,
+    peers_dtype,
     ratio,
     run,
 )
@@ -92,8 +94,8 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     """Name the measurements; peers without an environment are left out."""
     if not args.script.is_file():
         sys.exit(f"{args.script}: no peers' script there; name it with --script")
-    steps = ["--steps", str(args.steps), "--threads", str(args.threads)]
-    peers_dtype = ["--dtype", {"bfloat16": "bf16", "float32": "fp32"}[args.peers_dtype]]
+    steps = ["--steps", str(args.steps), "--threads", str(args.threads), "--device", args.device]
+    theirs = ["--dtype", {"bfloat16": "bf16", "float32": "fp32"}[peers_dtype(args)]]
     found: dict[str, list[Job]] = {}
     for key, group in comparisons(args.shape).items():
         jobs = found[key] = []
@@ -102,14 +104,14 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
             if python := getattr(args, peer):
                 tokens = ["--tokens", str(kept_tokens(group.records, args))]
                 call = [python, str(args.script), peer, *group.flags, *flags, *steps, *tokens]
-                jobs.append(Job(name, [*call, *peers_dtype]))
+                jobs.append(Job(name, [*call, *theirs]))
         data = ["--records", args.data / group.records, "--tokenizer", args.data / TOKENIZER]
         ours = [*group.flags, *steps, *group.ours, *data]
         jobs.append(Job(SHARING, measurement("step", ours)))
         if group.apart:
             jobs.append(Job(APART, measurement("step", [*ours, "--no-prefix-sharing"])))
-        if args.peers_dtype == "float32":
-            jobs.append(Job(LIKE_PEERS, measurement("step", [*ours, *peers_dtype])))
+        if peers_dtype(args) == "float32":
+            jobs.append(Job(LIKE_PEERS, measurement("step", [*ours, *theirs])))
     return found
 
 
@@ -141,7 +143,8 @@ def table(runs: Runs) -> list[str]:
         steps = {
             line["name"]: line["tokens"] / len(line["step_s"]) for line in lines if "tok_s" in line
         }
-        figures = medians(lines, ("tok_s", "slot_s", "tok_s_cpu", "peak_rss_gib"))
+        keys = ("tok_s", "slot_s", "tok_s_cpu", "peak_rss_gib", "peak_cuda_gib")
+        figures = medians(lines, keys)
         peers = [values for name, values in figures.items() if name in group.peers]
         hf = figures.get("hf", {})
         for name, values in figures.items():
@@ -149,11 +152,11 @@ def table(runs: Runs) -> list[str]:
             if peers and name not in group.peers:
                 best = {k: max(p[k] for p in peers) for k in ("tok_s", "tok_s_cpu")}
                 ratios = [ratio(values[k], best[k]) for k in best]
-                ratios.append(ratio(values["peak_rss_gib"], hf.get("peak_rss_gib")))
+                ratios.append(ratio(peak_gib(values), peak_gib(hf) if hf else None))
             slots = f"{values['slot_s']:.1f}" if "slot_s" in values else None
             row = [group.title, name, f"{steps[name]:.0f}", f"{values['tok_s']:.1f}", slots]
             row += [ratios[0], f"{values['tok_s_cpu']:.1f}", ratios[1]]
-            rows.append([*row, f"{values['peak_rss_gib']:.2f}", ratios[2]])
+            rows.append([*row, f"{peak_gib(values):.2f}", ratios[2]])
     head = ["what", "who", "tokens a step", "tok/s", "slots/s", "to the best peer"]
     head += ["tok/s by CPU time", "to the best peer", "peak GiB", "to hf"]
     losses = first_losses(runs)

@@ -22,6 +22,7 @@ from tests.benchmarks.interleaved import (
     markdown,
     measurement,
     medians,
+    peak_gib,
     ratio,
 )
 
@@ -90,13 +91,16 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
             **BASE,
             "tokenizer": args.data / TOKENIZER,
             "threads": args.threads,
+            "device": args.device,
             "steps": args.steps,
             **change,
         }
         words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
         return Job(name, measurement("step", [word for word in words if word]))
 
-    changes = {"size": SIZES, "lengths": spread, "processes": PROCESSES}
+    changes = {"size": SIZES, "lengths": spread}
+    if args.device == "cpu":  # whose cores they share
+        changes["processes"] = PROCESSES
     return {key: [job(*change) for change in several.items()] for key, several in changes.items()}
 
 
@@ -115,7 +119,8 @@ def table(runs: Runs) -> list[str]:
     """Lay out medians, and the speed beside that of the group's first."""
     rows: list[list[object]] = []
     for lines in runs.values():
-        keys = ("tokens_a_step", "ms_a_token", "tok_s", "rows_real", "cells_real", "peak_rss_gib")
+        keys = ("tokens_a_step", "ms_a_token", "tok_s", "rows_real", "cells_real")
+        keys += ("peak_rss_gib", "peak_cuda_gib")
         figures = medians([with_rates(line) for line in lines], keys)
         first = figures.get(lines[0]["name"], {}) if lines else {}
         for name, values in figures.items():
@@ -126,7 +131,7 @@ def table(runs: Runs) -> list[str]:
                 None if values is first else ratio(values["ms_a_token"], first.get("ms_a_token"))
             )
             row += [f"{100 * values[key]:.1f} %" for key in ("rows_real", "cells_real")]
-            rows.append([*row, f"{values['peak_rss_gib']:.2f}"])
+            rows.append([*row, f"{peak_gib(values):.2f}"])
     head = ["change", "tokens a step", "tok/s", "to the first of its kind", "CPU ms a token"]
     head += ["to the first", "rows not pads", "attention's cells not pads", "peak GiB of a process"]
     return markdown(head, rows)

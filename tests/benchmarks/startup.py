@@ -144,7 +144,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     def job(peer: str) -> Job:
         if peer != HF:
             return Job(peer, [*command, peer])
-        return Job(peer, [args.hf, *command[1:], peer, "--dtype", args.peers_dtype])
+        return Job(peer, [args.hf, *command[1:], peer, "--dtype", interleaved.peers_dtype(args)])
 
     return {"step": [job(OURS), job(HF)], "light": [job(HELP), job(TEXT)]}
 
@@ -171,7 +171,7 @@ def table(runs: Runs) -> list[str]:
     return interleaved.markdown(head, rows)
 
 
-PART = Part("startup", "Start-up", groups, table)
+PART = Part("startup", "Start-up", groups, table, on_gpu=False)
 
 
 def main() -> None:

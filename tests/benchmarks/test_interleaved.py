@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.benchmarks import generate, interleaved, peers, products, scaling, st
 from tests.benchmarks.__main__ import PARTS
 from tests.benchmarks.inputs import LONG, SHORT
 from tests.benchmarks.interleaved import Job, Part, Runs
+from tests.benchmarks.machine import machine_name
 
 ECHO = "import json, sys; print('noise'); print(json.dumps({'tok_s': float(sys.argv[1])}))"
 
@@ -41,14 +43,15 @@ def test_jobs_run_in_turn_and_failures_are_named(tmp_path: Path) -> None:
     args = interleaved.options("", "").parse_args(["--repeats", "2", "--out", str(tmp_path)])
     interleaved.measure(part, args)
     kept = json.loads((tmp_path / "some.json").read_text())
-    lines = kept["runs"]["g"]
+    lines = kept["groups"]["g"]["lines"]
     assert [(line["repeat"], line["name"]) for line in lines] == [
         (repeat, name) for repeat in (0, 1) for name in ("one", "two", "bad")
     ]
     assert lines[2]["error"] == "oh"
-    text = interleaved.document([part.file(args)])
+    text = interleaved.printed([part], args)
     print(text)
-    assert kept["machine"] in text
+    assert machine_name("cpu") in text
+    assert "Medians; repeats: 2." in text
     assert "torch 2" in text
     assert "| two | 2.0 |" in text
     assert "| bad" not in text
@@ -75,9 +78,55 @@ interleaved.measure(part, args)
         os.killpg(process.pid, signal.SIGKILL)  # with its child, which sleeps
         process.wait()
     kept = json.loads(file.read_text())
-    assert [line["tok_s"] for line in kept["runs"]["g"]] == [1.0]
+    assert [line["tok_s"] for line in kept["groups"]["g"]["lines"]] == [1.0]
     assert kept["table"][2:] == ["| one | 1.0 |"]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_group_measured_again_leaves_the_others(tmp_path: Path) -> None:
+    def part(first: str, second: str) -> Part:
+        one, two = (part_of(("one", ECHO, word)).groups for word in (first, second))
+        groups = lambda args: {"g": one(args)["g"], "h": two(args)["g"]}  # noqa: E731
+        return part_of()._replace(groups=groups, table=lambda runs: [str(list(runs))])
+
+    def measured(first: str, second: str, *flags: str, chosen: Sequence[str] = ()) -> list[float]:
+        args = interleaved.options("", "").parse_args(["--out", str(tmp_path), *flags])
+        interleaved.measure(part(first, second), args, chosen)
+        kept = json.loads((tmp_path / "some-1b.json").read_text())
+        assert kept["table"] == [str(list(kept["groups"]))]
+        print(interleaved.printed([part("", "")], args))
+        return [line["tok_s"] for group in kept["groups"].values() for line in group["lines"]]
+
+    once = ["--shape", "1b", "--repeats", "1", "--peers-dtype"]
+    assert measured("1", "2", *once, "float32", chosen=["h"]) == [2.0]
+    assert measured("3", "4", *once, "float32", chosen=["g"]) == [3.0, 2.0]
+    assert measured("5", "6", *once, "bfloat16", chosen=["h"]) == [3.0, 6.0]
+    args = interleaved.options("", "").parse_args(["--shape", "1b", "--out", str(tmp_path)])
+    *_, g, h = interleaved.printed([part("", "")], args).split("\n")
+    assert g.startswith("- g: Medians; repeats: 1. ")
+    assert g.endswith("; peers in fp32.")
+    assert h.startswith("- h: Medians; repeats: 1. ")
+    assert "fp32" not in h
+
+
+def test_each_machine_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    folder = interleaved.results_of("2 cores of Intel Xeon Processor, 2.1 GHz")
+    assert folder == interleaved.RESULTS / "2_cores_of_intel_xeon_processor_2_1_ghz"
+    mine = interleaved.options("", "").parse_args([])
+    assert peers.PART.file(mine).parent == interleaved.results_of(machine_name("cpu"))
+    args = interleaved.options("", "").parse_args(["--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="nothing measured; by --out .*2_cores_of_amd_epyc"):
+        interleaved.printed(PARTS.values(), args)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_kept_tables_are_those_of_kept_measurements(name: str) -> None:
+    files = list(interleaved.RESULTS.glob(f"*/{name}*.json"))
+    assert files
+    for file in files:
+        kept = json.loads(file.read_text())
+        runs = {key: group["lines"] for key, group in kept["groups"].items()}
+        assert PARTS[name].table(runs) == kept["table"], file
 
 
 def test_the_whole_1b_shape_has_files_of_its_own(tmp_path: Path) -> None:
@@ -217,7 +266,6 @@ def test_peers_compute_in_fp32_where_told(tmp_path: Path, monkeypatch: pytest.Mo
         commands |= {
             f"startup {job.name}": " ".join(job.command) for job in startup.groups(args)["step"]
         }
-        assert ("fp32" in interleaved.title(peers.PART, args)) == (dtype == "float32")
         return commands
 
     plain, wide = jobs("bfloat16"), jobs("float32")
@@ -230,6 +278,40 @@ def test_peers_compute_in_fp32_where_told(tmp_path: Path, monkeypatch: pytest.Mo
     ours = (peers.SHARING, peers.APART, f"generate {generate.OURS}", f"startup {startup.OURS}")
     assert all(wide[name] == plain[name] for name in ours)
     assert wide[peers.LIKE_PEERS] == f"{wide[peers.SHARING]} --dtype fp32"
+
+
+def test_on_a_gpu_every_process_measures_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(interleaved, "machine_name", lambda device: f"some {device}")
+    (tmp_path / "llama_lightning_benchmarks").mkdir()
+    for name in (SHORT, LONG):
+        (tmp_path / "llama_lightning_benchmarks" / f"tokens-{name}").touch()
+    script = tmp_path / "peers.py"
+    script.touch()
+    flags = ["--device", "cuda", "--script", str(script), "--repeats", "1"]
+    args = interleaved.options("", "").parse_args(flags)
+    assert interleaved.peers_dtype(args) == "bfloat16"
+    seen = 0
+    for part in (peers.PART, generate.PART, waiting.PART, scaling.PART):
+        assert part.file(args).parent == interleaved.RESULTS / "some_cuda"
+        for jobs in part.groups(args).values():
+            for job in jobs:
+                assert "--device cuda" in " ".join(job.command), job
+                seen += 1
+    assert seen > 20
+    for part in (startup.PART, products.PART):
+        interleaved.measure(part, args)
+    assert not (interleaved.RESULTS / "some_cuda").exists()
+
+
+def test_memory_is_the_gpus_where_there_is_one() -> None:
+    line = {"tok_s": 1, "tok_s_cpu": 1, "tokens": 9, "step_s": [1], "peak_rss_gib": 4.0}
+    runs = [line | {"name": "hf", "peak_cuda_gib": 2.0}, line | {"name": "ours"}]
+    runs[1]["peak_cuda_gib"] = 1.5
+    rows = peers.table({"short": [{"repeat": 0, **one} for one in runs]})
+    assert [cells(row)[-2:] for row in rows[2:]] == [["2.00", ""], ["1.50", "0.75"]]
 
 
 def test_ways_of_a_product_are_compared() -> None:

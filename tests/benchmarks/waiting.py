@@ -17,7 +17,7 @@ FLAGS = ["--mode", "full", "--shape", "s512v4k", "--batch", 4, "--generated", RE
 def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     """Name the measurements."""
     flags = [*FLAGS, "--warmup", 3, "--steps", STEPS * args.steps, "--threads", args.threads]
-    flags += ["--tokenizer", args.data / TOKENIZER]
+    flags += ["--tokenizer", args.data / TOKENIZER, "--device", args.device]
     return {
         "workers": [
             Job(f"{workers}", measurement("step", [*flags, "--workers", workers]))
