@@ -5,6 +5,7 @@ Each test looks at what was asked (the server's record) and at what was left (fi
 
 import json
 import multiprocessing
+import os
 import random
 import re
 import resource
@@ -34,6 +35,7 @@ from tests.fake_ollama import (
     four,
     tokens_of,
 )
+from tests.verb_processes import start_verb
 
 ROOT = Path(__file__).parents[2]
 USAGE, BACKEND = 2, 3
@@ -647,7 +649,7 @@ def test_killed_at_ten_moments_and_resumed(responses: Path) -> None:
 def test_a_signal_ends_it_at_once(
     responses: Path, prompts: Path, verb: str, signum: int, code: int
 ) -> None:
-    asked = threading.Event()
+    asked, log = threading.Event(), responses.with_name("log.txt")
 
     def stuck(body: dict[str, Any]) -> Words:
         if len(server.chats) > 2:
@@ -656,22 +658,23 @@ def test_a_signal_ends_it_at_once(
         return Words("[RESULT] 3")
 
     with FakeOllama(stuck) as server:
-        command = [sys.executable, "-m", "llama_lightning", verb, "--judge.backend=ollama"]
-        command += [f"--judge.base_url={server.url}", f"--responses.path={responses}"]
+        arguments = [verb, "--judge.backend=ollama", f"--judge.base_url={server.url}"]
+        arguments += [f"--responses.path={responses}"]
         if verb == "predict":
-            command += ["--config=configs/tiny_lora.yaml", f"--data.predict_path={prompts}"]
-            command += [f"--trainer.default_root_dir={responses.parent}"]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            arguments += [f"--config={ROOT}/configs/tiny_lora.yaml"]
+            arguments += [f"--data.predict_path={prompts}"]
+            arguments += [f"--trainer.default_root_dir={responses.parent}"]
+        process = start_verb(arguments, log)
         assert asked.wait(timeout=60)
         time.sleep(0.5)  # for the second verdict to reach the disk
         start = time.monotonic()
-        process.send_signal(signum)
-        _, said = process.communicate(timeout=25)
+        os.kill(process.pid, signum)
+        process.join(timeout=25)
         seconds = time.monotonic() - start
     print(f"{verb} ended {seconds:.1f} s after signal {signum}; the reply would take 30 s")
     assert seconds < 15  # not by seconds: other tests' processes may have the cores
-    assert process.returncode == code
-    assert "Traceback" not in said
+    assert process.exitcode == code
+    assert "Traceback" not in log.read_text()
     assert [v["id"] for v in rows(responses.parent / "verdicts.jsonl")] == [0, 1]
 
 

@@ -1,7 +1,6 @@
 """What runs are started from, and the run that nobody stops."""
 
 import json
-import multiprocessing
 import random
 
 import pytest
@@ -15,16 +14,6 @@ from tests.training.fit_processes import (
     run_fit,
     weights_of,
 )
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["llama_lightning.cli", "lightning.pytorch.cli", "llama_lightning.data.alpaca"]
-        + ["llama_lightning.training.trainer", "bitsandbytes", "torch.utils.tensorboard"]
-    )
-    return context
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +36,10 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(processes, workplace, tmp_path_factory):
+def uninterrupted(workplace, tmp_path_factory):
     """Final weights of a run that nobody killed, and its seconds behind the first checkpoint."""
     run = tmp_path_factory.mktemp("uninterrupted")
-    seconds = run_fit(processes, fit_arguments(workplace, run, 1), run)
+    seconds = run_fit(fit_arguments(workplace, run, 1), run)
     checkpoint = torch.load(run / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == STEPS_AN_EPOCH * EPOCHS
     states = checkpoint["optimizer_states"][0]["state"].values()

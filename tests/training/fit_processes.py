@@ -1,8 +1,4 @@
-"""Real `fit` processes that tests can stop at any moment.
-
-They are forked from a server that has imported everything, so that a run costs a second and not
-eight.
-"""
+"""Real `fit` processes that are stopped at any moment, and what they leave."""
 
 import os
 import signal
@@ -11,19 +7,10 @@ from pathlib import Path
 
 import torch
 
-from llama_lightning.cli import main
+from tests.verb_processes import start_verb
 
 STEPS_AN_EPOCH = 13  # 102 records left in training, 8 a step: the last step is partial
 EPOCHS = 3
-
-
-def fit(arguments: list[str], log: str) -> None:
-    """Run `fit` in this process; the process exists for nothing else."""
-    with Path(log).open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    os._exit(main(["fit", *arguments]))
 
 
 def fit_arguments(workplace: Path, run: Path, every: int) -> list[str]:
@@ -62,7 +49,6 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def run_fit(
-    processes,
     arguments: list[str],
     run: Path,
     kill_after: float | None = None,
@@ -72,8 +58,7 @@ def run_fit(
 
     Return the seconds from the first checkpoint to the end, or None if the signal ended it.
     """
-    process = processes.Process(target=fit, args=(arguments, str(run / "log.txt")))
-    process.start()
+    process = start_verb(["fit", *arguments], run / "log.txt")
     while not (run / "last.ckpt").exists() and process.is_alive():
         time.sleep(0.002)
     start = time.monotonic()

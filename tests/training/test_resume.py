@@ -12,17 +12,17 @@ from tests.training.fit_processes import (
     EPOCHS,
     STEPS_AN_EPOCH,
     assert_bitwise_equal,
-    fit,
     fit_arguments,
     run_fit,
     weights_of,
 )
+from tests.verb_processes import start_verb
 
 
-def test_best_is_the_best_of_all_validations(processes, workplace, tmp_path):
+def test_best_is_the_best_of_all_validations(workplace, tmp_path):
     # A validation at the very step of a last.ckpt must not be passed over.
     arguments = fit_arguments(workplace, tmp_path, 1)
-    run_fit(processes, [*arguments, "--trainer.val_check_interval=26"], tmp_path)
+    run_fit([*arguments, "--trainer.val_check_interval=26"], tmp_path)
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
     events.Reload()
     losses = {event.step: event.value for event in events.Scalars("val/loss")}
@@ -32,16 +32,15 @@ def test_best_is_the_best_of_all_validations(processes, workplace, tmp_path):
     assert losses[best - 1] == min(losses.values())
 
 
-def test_a_resumed_run_keeps_its_good_checkpoint(processes, workplace, tmp_path):
+def test_a_resumed_run_keeps_its_good_checkpoint(workplace, tmp_path):
     # Resumed at a step that is a multiple of every_n_train_steps, as every periodic file is, the
     # run must not write the same step again from inside the next one.
     arguments = [*fit_arguments(workplace, tmp_path, 2), "--trainer.limit_val_batches=0"]
     arguments += ["--trainer.accumulate_grad_batches=4", "--trainer.max_epochs=null"]
-    run_fit(processes, [*arguments, "--trainer.max_steps=2"], tmp_path)
+    run_fit([*arguments, "--trainer.max_steps=2"], tmp_path)
     written = (tmp_path / "last.ckpt").stat().st_mtime_ns
     resume = [*arguments, f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_steps=3"]
-    process = processes.Process(target=fit, args=(resume, str(tmp_path / "resumed.txt")))
-    process.start()
+    process = start_verb(["fit", *resume], tmp_path / "resumed.txt")
     files = set()
     while process.is_alive():
         if (tmp_path / "last.ckpt").stat().st_mtime_ns != written:
@@ -62,29 +61,26 @@ def test_a_resumed_run_keeps_its_good_checkpoint(processes, workplace, tmp_path)
     ],
     ids=["max_time", "EarlyStopping"],
 )
-def test_a_run_that_ends_early_ends_behind_a_step(processes, workplace, tmp_path, ended_by):
+def test_a_run_that_ends_early_ends_behind_a_step(workplace, tmp_path, ended_by):
     arguments = fit_arguments(workplace, tmp_path, 0)
     arguments += ["--trainer.accumulate_grad_batches=8", "--trainer.val_check_interval=11"]
-    run_fit(processes, [*arguments, "--trainer.max_epochs=400", ended_by], tmp_path)
+    run_fit([*arguments, "--trainer.max_epochs=400", ended_by], tmp_path)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     done = checkpoint["AlpacaDataModule"]["micro_batches"]
     print(f"ended at step {checkpoint['global_step']}, {done} micro-batches of 8 in the epoch")
     assert done % 8 == 0
     again = [*arguments, f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_epochs=null"]
     steps = checkpoint["global_step"] + 1
-    assert run_fit(processes, [*again, f"--trainer.max_steps={steps}"], tmp_path) is not None
+    assert run_fit([*again, f"--trainer.max_steps={steps}"], tmp_path) is not None
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == steps
 
 
-def test_a_checkpoint_from_inside_a_step_is_not_resumed(processes, workplace, tmp_path):
+def test_a_checkpoint_from_inside_a_step_is_not_resumed(workplace, tmp_path):
     # The first validation, at micro-batch 9 of steps of 2, writes best.ckpt.
     arguments = [*fit_arguments(workplace, tmp_path, 1), "--trainer.limit_val_batches=1"]
-    run_fit(processes, [*arguments, "--trainer.max_epochs=null", "--trainer.max_steps=5"], tmp_path)
+    run_fit([*arguments, "--trainer.max_epochs=null", "--trainer.max_steps=5"], tmp_path)
     best = tmp_path / "best.ckpt"
-    process = processes.Process(
-        target=fit, args=([*arguments, f"--ckpt_path={best}"], str(tmp_path / "resumed.txt"))
-    )
-    process.start()
+    process = start_verb(["fit", *arguments, f"--ckpt_path={best}"], tmp_path / "resumed.txt")
     process.join()
     assert process.exitcode == 3
     last_line = (tmp_path / "resumed.txt").read_text().splitlines()[-1]
@@ -129,16 +125,16 @@ def test_a_setting_unlike_the_checkpoints_is_never_passed_over(
 
 
 @pytest.mark.parametrize("step", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 4])
-def test_resume_at_an_epochs_end_and_inside(processes, workplace, uninterrupted, tmp_path, step):
+def test_resume_at_an_epochs_end_and_inside(workplace, uninterrupted, tmp_path, step):
     expected, *_ = uninterrupted
     arguments = fit_arguments(workplace, tmp_path, step)
     # Killed when its first checkpoint appears: without validations, which write one too, and which
     # must not change what is trained, that is the one of this step.
-    run_fit(processes, [*arguments, "--trainer.limit_val_batches=0"], tmp_path, kill_after=0)
+    run_fit([*arguments, "--trainer.limit_val_batches=0"], tmp_path, kill_after=0)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
     assert saved == step
     resume = tmp_path / "resume.ckpt"
     shutil.copy(tmp_path / "last.ckpt", resume)
-    run_fit(processes, [*arguments, f"--ckpt_path={resume}"], tmp_path)
+    run_fit([*arguments, f"--ckpt_path={resume}"], tmp_path)
     print(f"resumed from step {saved} ({saved / STEPS_AN_EPOCH:g} epochs): bitwise equal")
     assert_bitwise_equal(weights_of(tmp_path / "last.ckpt"), expected)

@@ -26,7 +26,7 @@ from tests.training.fit_processes import (
     [(signal.SIGKILL, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
     ids=["kill -9", "SIGTERM", "Ctrl-C"],
 )
-def test_stopped_at_random_moments(processes, workplace, uninterrupted, tmp_path, signum, every):
+def test_stopped_at_random_moments(workplace, uninterrupted, tmp_path, signum, every):
     expected, seconds, _ = uninterrupted
     rng = random.Random(time.time_ns())
     # Kills come at any moment, the very end included; a signal finds the run alive more often.
@@ -39,11 +39,11 @@ def test_stopped_at_random_moments(processes, workplace, uninterrupted, tmp_path
         runs += 1
         arguments = fit_arguments(workplace, run, every)
         moment = rng.uniform(0, span)
-        if run_fit(processes, arguments, run, kill_after=moment, signum=signum) is None:
+        if run_fit(arguments, run, kill_after=moment, signum=signum) is None:
             stopped_at.append(torch.load(run / "last.ckpt", weights_only=True)["global_step"])
             resume = tmp_path / f"{runs}-resume.ckpt"
             shutil.copy(run / "last.ckpt", resume)
-            run_fit(processes, [*arguments, f"--ckpt_path={resume}"], run)
+            run_fit([*arguments, f"--ckpt_path={resume}"], run)
         else:
             span *= 0.8  # the machine has become faster
         assert_bitwise_equal(weights_of(run / "last.ckpt"), expected)
