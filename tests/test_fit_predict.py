@@ -19,19 +19,19 @@ from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "tiny_lora.yaml"
 
 
-def _run(verb: str, run: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "llama_lightning", verb, "--config", "configs/tiny_lora.yaml"]
-    process = subprocess.run(
-        [*command, f"--trainer.default_root_dir={run}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+@pytest.fixture
+def run(tmp_path, capfd):
+    """Run a verb with the fitted weights, or with those of the base; what it prints."""
+
+    def call(verb: str, *arguments: str) -> str:
+        keys = [f"--config={CONFIG}", f"--trainer.default_root_dir={tmp_path}"]
+        assert main([verb, *keys, *arguments]) == 0
+        return capfd.readouterr().out
+
+    return call
 
 
 def _exact_match(output: str) -> float:
@@ -43,17 +43,25 @@ def _exact_match(output: str) -> float:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    run = tmp_path_factory.mktemp("tiny")
+    folder = tmp_path_factory.mktemp("tiny")
     start = time.monotonic()
-    output = _run("fit", run)
+    process = subprocess.run(
+        [sys.executable, "-m", "llama_lightning", "fit", "--config", "configs/tiny_lora.yaml"]
+        + [f"--trainer.default_root_dir={folder}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
     print(f"fit --config configs/tiny_lora.yaml: {time.monotonic() - start:.0f} s")
-    return run / "lightning_logs" / "version_0", output
+    return folder / "lightning_logs" / "version_0", process.stdout
 
 
-def test_learns_to_follow_instructions(fitted, tmp_path):
+def test_learns_to_follow_instructions(fitted, run):
     version, _ = fitted
-    base = _exact_match(_run("predict", tmp_path))
-    tuned = _exact_match(_run("predict", tmp_path, f"--ckpt_path={version}/checkpoints/last.ckpt"))
+    base = _exact_match(run("predict"))
+    tuned = _exact_match(run("predict", f"--ckpt_path={version}/checkpoints/last.ckpt"))
     print(f"held-out exact match: base {base} %, fine-tuned {tuned} %")
     assert base <= 10
     assert tuned >= 90
@@ -119,9 +127,9 @@ def test_samples_in_tensorboard(fitted):
     assert not any(row[2] == row[3] for row in [r.split(" | ") for r in first.split("\n")[2:]])
 
 
-def test_scores_in_the_test_verb(fitted, tmp_path):
+def test_scores_in_the_test_verb(fitted, run):
     version, _ = fitted
-    output = _run("test", tmp_path, f"--ckpt_path={version}/checkpoints/last.ckpt")
+    output = run("test", f"--ckpt_path={version}/checkpoints/last.ckpt")
     line = output.splitlines()[-1]
     print(line)
     values = dict(re.findall(r"(test/\w+) ([\d.]+)", line))
@@ -133,14 +141,13 @@ def test_scores_in_the_test_verb(fitted, tmp_path):
     assert float(values["test/exact_match"]) <= float(values["test/rouge_l"]) <= 1
 
 
-def test_response_rows(fitted, tmp_path):
+def test_response_rows(fitted, run, tmp_path):
     version, _ = fitted
     path = tmp_path / "responses.jsonl"
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"instruction": "What is the capital of France?"}\n')
-    _run(
+    run(
         "predict",
-        tmp_path,
         f"--ckpt_path={version}/checkpoints/last.ckpt",
         f"--data.predict_path={prompts}",
         f"--responses.path={path}",

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from llama_lightning.cli import main
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-CONFIG = "--config=configs/tiny_lora.yaml"
+CONFIG = f"--config={Path(__file__).parents[1]}/configs/tiny_lora.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,11 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     prompts = folder / "prompts.json"
     prompts.write_text('[{"instruction": "What is the capital of France?", "output": "Paris"}]')
-    llama = [sys.executable, "-m", "llama_lightning"]
     common = [CONFIG, f"--trainer.default_root_dir={folder}", "--trainer.max_steps=4"]
     fit = ["--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
     fit += ["--samples.every_n_steps=2", "--samples.num_prompts=2", "--model.lora.rank=5"]
-    for command in (["fit", *common, *fit], ["predict", *common, f"--data.predict_path={prompts}"]):
-        subprocess.run([*llama, *command], cwd=ROOT, check=True, capture_output=True)
+    assert main(["fit", *common, *fit]) == 0
+    assert main(["predict", *common, f"--data.predict_path={prompts}"]) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

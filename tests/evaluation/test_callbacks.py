@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llama_lightning.cli import main
+from tests.verb_processes import start_verb
+
 ROOT = Path(__file__).parents[2]
 PROMPTS = [
     {"instruction": f"Repeat.\u2028 {i}", "input": "" if i % 3 else f"{i}", "output": f"{i}"}
@@ -24,14 +27,30 @@ def prompts(tmp_path_factory):
     return path
 
 
-def _command(prompts: Path, target: Path, *arguments: str) -> list[str]:
+def _arguments(prompts: Path, target: Path, *arguments: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "llama_lightning", "predict", "--config=configs/tiny_lora.yaml"),
+        "predict",
+        f"--config={ROOT}/configs/tiny_lora.yaml",
         f"--data.predict_path={prompts}",
         f"--responses.path={target}",
         f"--trainer.default_root_dir={target.parent}",
         *arguments,
     ]
+
+
+def _two_ranks(prompts: Path, target: Path, *arguments: str) -> str:
+    """Answer on two processes; what the command says."""
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp", *arguments)
+    # Whatever only one of two ranks waits for shows as a hang.
+    result = subprocess.run(
+        [sys.executable, "-m", "llama_lightning", *_arguments(prompts, target, *two)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def _rows(path: Path) -> list[dict]:
@@ -43,12 +62,7 @@ def _rows(path: Path) -> list[dict]:
 def alone(prompts, tmp_path_factory):
     """The file of one process, all prompts in one batch."""
     target = tmp_path_factory.mktemp("alone") / "responses.jsonl"
-    subprocess.run(
-        _command(prompts, target, "--data.eval_batch_size=23"),
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    assert main(_arguments(prompts, target, "--data.eval_batch_size=23")) == 0
     return target
 
 
@@ -65,50 +79,34 @@ def test_rows_are_sorted_and_carry_their_record(alone):
 def test_two_ranks_write_the_file_of_one(prompts, alone, tmp_path):
     # 23 prompts, 5 a batch, 2 ranks: the last batch is short and one rank has a batch less.
     target = tmp_path / "responses.jsonl"
-    two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.eval_batch_size=5")
-    result = subprocess.run(
-        _command(prompts, target, *two), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    output = _two_ranks(prompts, target, "--data.eval_batch_size=5")
     assert target.read_bytes() == alone.read_bytes()
     assert not list(tmp_path.glob("*.rank*")), "a rank's own file was left over"
-    assert result.stdout.count("exact match") == 1
+    assert output.count("exact match") == 1
 
 
 def test_a_rank_without_a_prompt_does_not_hold_the_other_up(prompts, tmp_path):
     target, few = tmp_path / "responses.jsonl", tmp_path / "few.json"
     few.write_text(json.dumps(PROMPTS[:3]))
-    two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.eval_batch_size=8")
-    command = _command(few, target, *two)
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
+    _two_ranks(few, target, "--data.eval_batch_size=8")
     assert [row["id"] for row in _rows(target)] == [0, 1, 2]
 
 
 def test_answers_of_an_earlier_run_are_kept(prompts, tmp_path):
     target = tmp_path / "responses.jsonl"
     target.write_text('{"id": 0, "response": "precious"}\n')
-    subprocess.run(_command(prompts, target), cwd=ROOT, check=True, capture_output=True)
+    assert main(_arguments(prompts, target)) == 0
     assert len(_rows(target)) == 23
     assert "precious" in (tmp_path / "responses.jsonl.previous").read_text()
 
 
-def test_files_that_cannot_take_responses(prompts, tmp_path):
+def test_files_that_cannot_take_responses(prompts, tmp_path, capfd):
     folder = tmp_path / "folder"
     folder.mkdir()
     said = {}
     for target in (folder, Path("/dev/full")):
-        result = subprocess.run(
-            [*_command(prompts, target), f"--trainer.default_root_dir={tmp_path}"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert "Traceback" not in result.stderr
-        said[target] = (result.returncode, result.stderr.splitlines()[-1])
+        code = main([*_arguments(prompts, target), f"--trainer.default_root_dir={tmp_path}"])
+        said[target] = (code, capfd.readouterr().err.splitlines()[-1])
         print(said[target])
     assert said[folder][0] == 2
     assert "is a folder; name a file in it" in said[folder][1]
@@ -124,15 +122,15 @@ def test_a_stopped_predict_keeps_its_rows(tmp_path, signum, code):
     target = tmp_path / "responses.jsonl"
     many = tmp_path / "prompts.json"
     many.write_text(json.dumps(PROMPTS * 40))
-    arguments = _command(many, target, "--data.eval_batch_size=1")
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "log.txt"
+    process = start_verb(_arguments(many, target, "--data.eval_batch_size=1"), log)
     while not target.exists() or target.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None, process.communicate()[1].decode()
+        assert process.is_alive(), log.read_text()
         time.sleep(0.01)
     os.kill(process.pid, signum)
-    process.communicate(timeout=20)
+    process.join(timeout=20)
     rows = _rows(target)
-    print(f"{signal.Signals(signum).name}: exit code {process.returncode}, {len(rows)} rows kept")
-    assert process.returncode == code
+    print(f"{signal.Signals(signum).name}: exit code {process.exitcode}, {len(rows)} rows kept")
+    assert process.exitcode == code
     assert 3 <= len(rows) < 920
     assert [row["id"] for row in rows] == list(range(len(rows)))
