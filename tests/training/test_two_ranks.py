@@ -8,18 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_lightning.cli import main
+
 ROOT = Path(__file__).parents[2]
 
 
-def fit_in_a_process(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "llama_lightning", "fit", "--config=configs/tiny_lora.yaml"]
+def arguments(folder: Path, ranks: int) -> list[str]:
     keys = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--samples.every_n_steps=3"]
     keys += [f"--trainer.default_root_dir={folder}", "--checkpoint.every_n_train_steps=2"]
     keys += ["--export.format=hf"]  # which measures on all ranks
+    keys += [f"--trainer.devices={ranks}", "--trainer.strategy=auto"]
+    return ["fit", f"--config={ROOT}/configs/tiny_lora.yaml", *keys]
+
+
+def fit_on_two_ranks(folder: Path) -> str:
     # Whatever only one of two ranks waits for shows as a hang.
     result = subprocess.run(
-        [*command, *keys, *arguments],
-        cwd=ROOT,
+        [sys.executable, "-m", "llama_lightning", *arguments(folder, 2)],
         capture_output=True,
         text=True,
         check=False,
@@ -29,13 +34,12 @@ def fit_in_a_process(folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
-def test_two_ranks_train_what_one_trains(tmp_path: Path) -> None:
-    outputs, weights = {}, {}
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        outputs[ranks] = fit_in_a_process(
-            folder, f"--trainer.devices={ranks}", "--trainer.strategy=auto"
-        )
+def test_two_ranks_train_what_one_trains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folders = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
+    assert main(arguments(folders[1], 1)) == 0
+    outputs = {1: capfd.readouterr().out, 2: fit_on_two_ranks(folders[2])}
+    weights = {}
+    for ranks, folder in folders.items():
         (checkpoint,) = folder.rglob("last.ckpt")
         weights[ranks] = torch.load(checkpoint, weights_only=True)["state_dict"]
         assert len(list(folder.rglob("config.yaml"))) == 1
