@@ -88,7 +88,8 @@ def test_transformers_serve(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.llama_cpp
 @pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
+    any(importlib.util.find_spec(name) is None for name in ("llama_cpp", "sse_starlette")),
+    reason="llama-cpp-python[server] is not installed",
 )
 def test_llama_cpp_server(folder: Path, tmp_path: Path) -> None:
     command = ["llama_cpp.server", "--model", str(folder / "model-f32.gguf")]
