@@ -24,7 +24,7 @@ CONFIG = ROOT / "configs" / "tiny_lora.yaml"
 
 @pytest.fixture
 def run(tmp_path, capfd):
-    """Run a verb with the fitted weights, or with those of the base; what it prints."""
+    """Run a verb of the tiny config in this process; what it prints."""
 
     def call(verb: str, *arguments: str) -> str:
         keys = [f"--config={CONFIG}", f"--trainer.default_root_dir={tmp_path}"]

@@ -1,12 +1,15 @@
 """Verbs in processes of their own, which tests can stop at any moment.
 
-They are forked from a server that has imported everything, so that a run costs a second and not
+They are forked from a server that has imported what they need, so that a run costs a second and not
 eight.
 """
 
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,8 +17,21 @@ import torch
 
 from llama_lightning.cli import main
 
-IMPORTED = ["lightning.pytorch.cli", "llama_lightning.data.alpaca", "bitsandbytes"]
-IMPORTED += ["llama_lightning.training.trainer", "torch.utils.tensorboard", __name__]
+IMPORTED = ["lightning.pytorch.cli", "llama_lightning.data.alpaca", "bitsandbytes", "pytest"]
+IMPORTED += ["llama_lightning.training.trainer", "torch.utils.tensorboard"]
+IMPORTED += ["llama_lightning.evaluation.grading", __name__]
+
+
+def forked() -> BaseContext:
+    """Choose processes that are forked from the one server of this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def spawned() -> BaseContext:
+    """Choose processes that import everything themselves, and end as Python ends."""
+    return multiprocessing.get_context("spawn")
 
 
 def _run(arguments: list[str], log: Path) -> None:
@@ -24,15 +40,18 @@ def _run(arguments: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    code = main(arguments)
-    sys.stdout.flush()
-    os._exit(code)
+    sys.exit(main(arguments))
 
 
-def start_verb(arguments: list[str], log: Path) -> BaseProcess:
-    """Start a verb whose output goes to the end of a file."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=_run, args=(arguments, log))
+@contextmanager
+def running(
+    arguments: list[str], log: Path, context: BaseContext | None = None
+) -> Iterator[BaseProcess]:
+    """Run a verb, its output at the end of a file, until it ends or the `with` does."""
+    process = (context or forked()).Process(target=_run, args=(arguments, log))
     process.start()
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()

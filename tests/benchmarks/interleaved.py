@@ -3,7 +3,7 @@
 A part of the benchmark is groups of named commands, each of which prints one JSON line. They run
 1, 2, 3, 1, 2, 3 ..., so that what else the machine does meets all alike. Every line is in the
 part's file before the next command starts. A group that is measured again replaces what the file
-has of it; other groups stay.
+has of it, once each of its commands has run; the other groups of the part stay.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Part(NamedTuple):
     groups: Callable[[argparse.Namespace], dict[str, list[Job]]]
     table: Callable[[Runs], list[str]]  # Markdown, of whatever there is so far
     shaped: bool = True  # another --shape makes another file
-    on_gpu: bool = True  # there too
+    on_gpu: bool = True  # or on a CPU only
 
     def file(self, args: argparse.Namespace) -> Path:
         """Where its measurements are kept, by default in a folder of the machine's."""
@@ -131,20 +132,27 @@ def peers_dtype(args: argparse.Namespace) -> str:
     return args.peers_dtype or ("bfloat16" if fast else "float32")
 
 
-def versions(args: argparse.Namespace) -> str:
-    """Say what is installed here and in the peers' environments."""
+@cache
+def versions(python: str) -> str:
+    """Say what is installed in an environment."""
+    command = [python, "-c", VERSIONS, *PACKAGES]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return ", ".join(f"{package} {there}" for package, there in json.loads(done.stdout).items())
+
+
+def setting(jobs: Sequence[Job], args: argparse.Namespace) -> str:
+    """Say on what, with what and how some jobs run."""
+    words = {word for job in jobs for word in job.command}
+    how = [f"{machine_name(args.device)}, {args.threads} threads"]
     pythons = {"here": sys.executable, "hf": args.hf}
     pythons |= {"litgpt": args.litgpt, "torchtune": args.torchtune}
-    texts = {}
     for name, python in pythons.items():
         if python and shutil.which(python) is None:
             sys.exit(f"--{name} {python}: no such program; name the python of its environment")
-        if python and (name == "here" or python != sys.executable):
-            command = [python, "-c", VERSIONS, *PACKAGES]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found = json.loads(done.stdout)
-            texts[name] = ", ".join(f"{package} {found[package]}" for package in found)
-    return "; ".join(f"{name}: {text}" for name, text in texts.items())
+        if python in words and (name == "here" or python != sys.executable):
+            how.append(f"{name}: {versions(python)}")
+    how += ["peers in fp32"] if words & {"fp32", "float32"} else []
+    return "; ".join(how)
 
 
 def write(file: Path, report: Mapping[str, Any]) -> None:
@@ -159,26 +167,27 @@ def measure(part: Part, args: argparse.Namespace, chosen: Sequence[str] = ()) ->
     if args.device != "cpu" and not part.on_gpu:
         return
     groups = part.groups(args)
-    setting = f"{machine_name(args.device)}; {versions(args)}"
-    if part.shaped and peers_dtype(args) == "float32":
-        setting += "; peers in fp32"
+    found: dict[str, Any] = {
+        key: {"setting": setting(jobs, args), "lines": []}
+        for key, jobs in groups.items()
+        if not chosen or key in chosen
+    }
     file = part.file(args)
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(file.read_text())["groups"] if file.is_file() else {}
-    found: dict[str, Any] = {
-        key: {"setting": setting, "lines": []} for key in groups if not chosen or key in chosen
-    }
     for repeat in range(args.repeats):
         for key, group in found.items():
             for job in groups[key]:
                 start = time.monotonic()
                 line = {"name": job.name, "repeat": repeat, **run(job, args.threads)}
-                group["lines"].append(line | {"took_s": round(time.monotonic() - start, 1)})
-                kept[key] = group
+                group["lines"].append(line | {"took_s": round(time.monotonic() - start)})
+                if key not in kept or len(group["lines"]) >= len(groups[key]):
+                    kept[key] = group
                 runs = {key: kept[key]["lines"] for key in groups if key in kept}
                 report = {"title": title(part, args), "table": part.table(runs)}
                 write(file, {**report, "groups": {key: kept[key] for key in runs}})
-                print(f"{part.name} {key}, {job.name}: {brief(line)}", file=sys.stderr, flush=True)
+                done = f"{part.name} {key}, {job.name}, {group['lines'][-1]['took_s']} s"
+                print(f"{done}: {brief(line)}", file=sys.stderr, flush=True)
 
 
 def title(part: Part, args: argparse.Namespace) -> str:
@@ -221,8 +230,9 @@ def printed(parts: Iterable[Part], args: argparse.Namespace) -> str:
     """Make the document of what has been measured of some parts."""
     files = [part.file(args) for part in parts]
     if not any(file.is_file() for file in files):
-        others = ", ".join(sorted(str(folder) for folder in RESULTS.iterdir() if folder.is_dir()))
-        sys.exit(f"{files[0].parent}: nothing measured; by --out you can name one of {others}")
+        names, folder = ", ".join(file.name for file in files), files[0].parent
+        there = ", ".join(sorted(str(folder) for folder in RESULTS.iterdir() if folder.is_dir()))
+        sys.exit(f"{folder} has no {names}; there are {there}, which --out can name")
     return document(files)
 
 
@@ -233,7 +243,7 @@ def options(program: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--shape", default=DEFAULT_SHAPE, help="of the networks beside the peers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a fit")
-    parser.add_argument("--set-rows", type=int, default=200, help="prompts of a data set to answer")
+    parser.add_argument("--set-rows", type=int, default=200, help="short records of a data set")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -265,6 +275,8 @@ def main(part: Part, text: str | None) -> None:
     """Run one part from the command line, and print its table."""
     parser = options(f".{part.name}", text)
     args = parser.parse_args()
+    if args.device != "cpu" and not part.on_gpu:
+        parser.error(f"{part.name} is measured on a CPU only")
     if not args.print:
         check(args.data)
         check_names(parser, args.names, part.groups(args))

@@ -83,30 +83,42 @@ interleaved.measure(part, args)
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_group_measured_again_leaves_the_others(tmp_path: Path) -> None:
-    def part(first: str, second: str) -> Part:
-        one, two = (part_of(("one", ECHO, word)).groups for word in (first, second))
-        groups = lambda args: {"g": one(args)["g"], "h": two(args)["g"]}  # noqa: E731
-        return part_of()._replace(groups=groups, table=lambda runs: [str(list(runs))])
+def test_half_a_group_does_not_replace_a_whole_one(tmp_path: Path) -> None:
+    seen = []
 
+    def table(runs: Runs) -> list[str]:
+        seen.append([line["tok_s"] for line in runs["g"]])
+        return []
+
+    for word in ("1", "2"):
+        part = part_of(("one", ECHO, word), ("two", ECHO, word))._replace(table=table)
+        flags = ["--out", str(tmp_path), "--repeats", "2"]
+        interleaved.measure(part, interleaved.options("", "").parse_args(flags))
+    assert seen[:4] == [[1], [1, 1], [1, 1, 1], [1, 1, 1, 1]]
+    assert seen[4:] == [[1, 1, 1, 1], [2, 2], [2, 2, 2], [2, 2, 2, 2]]
+
+
+def test_a_group_measured_again_replaces_the_earlier_and_leaves_the_others(tmp_path: Path) -> None:
     def measured(first: str, second: str, *flags: str, chosen: Sequence[str] = ()) -> list[float]:
         args = interleaved.options("", "").parse_args(["--out", str(tmp_path), *flags])
-        interleaved.measure(part(first, second), args, chosen)
-        kept = json.loads((tmp_path / "some-1b.json").read_text())
+        groups = {
+            key: part_of(("one", ECHO, word), ("two", ECHO, word)).groups(args)["g"]
+            for key, word in (("g", first), ("h", second))
+        }
+        part = Part("some", "Some", lambda _: groups, lambda runs: [str(list(runs))], shaped=False)
+        interleaved.measure(part, args, chosen)
+        kept = json.loads((tmp_path / "some.json").read_text())
         assert kept["table"] == [str(list(kept["groups"]))]
-        print(interleaved.printed([part("", "")], args))
         return [line["tok_s"] for group in kept["groups"].values() for line in group["lines"]]
 
-    once = ["--shape", "1b", "--repeats", "1", "--peers-dtype"]
-    assert measured("1", "2", *once, "float32", chosen=["h"]) == [2.0]
-    assert measured("3", "4", *once, "float32", chosen=["g"]) == [3.0, 2.0]
-    assert measured("5", "6", *once, "bfloat16", chosen=["h"]) == [3.0, 6.0]
-    args = interleaved.options("", "").parse_args(["--shape", "1b", "--out", str(tmp_path)])
-    *_, g, h = interleaved.printed([part("", "")], args).split("\n")
+    assert measured("1", "2", "--repeats", "1", chosen=["h"]) == [2, 2]
+    assert measured("3", "4", "--repeats", "1", "--threads", "1", chosen=["g"]) == [3, 3, 2, 2]
+    assert measured("5", "6", "--repeats", "2", chosen=["h"]) == [3, 3, 6, 6, 6, 6]
+    *_, g, h = interleaved.document([tmp_path / "some.json"]).split("\n")
     assert g.startswith("- g: Medians; repeats: 1. ")
-    assert g.endswith("; peers in fp32.")
-    assert h.startswith("- h: Medians; repeats: 1. ")
-    assert "fp32" not in h
+    assert ", 1 threads; here: torch" in g
+    assert h.startswith("- h: Medians; repeats: 2. ")
+    assert f", {os.cpu_count()} threads; here: torch" in h
 
 
 def test_each_machine_has_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -115,8 +127,8 @@ def test_each_machine_has_a_folder_of_its_own(tmp_path: Path) -> None:
     mine = interleaved.options("", "").parse_args([])
     assert peers.PART.file(mine).parent == interleaved.results_of(machine_name("cpu"))
     args = interleaved.options("", "").parse_args(["--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="nothing measured; by --out .*2_cores_of_amd_epyc"):
-        interleaved.printed(PARTS.values(), args)
+    with pytest.raises(SystemExit, match="has no startup.json; there are .*2_cores_of_amd_epyc"):
+        interleaved.printed([startup.PART], args)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -260,7 +272,9 @@ def test_peers_compute_in_fp32_where_told(tmp_path: Path, monkeypatch: pytest.Mo
     def jobs(dtype: str) -> dict[str, str]:
         flags = ["--script", str(script), "--peers-dtype", dtype]
         args = interleaved.options("", "").parse_args(flags)
-        commands = {job.name: " ".join(job.command) for job in peers.groups(args)["short"]} | {
+        short = peers.groups(args)["short"]
+        assert ("peers in fp32" in interleaved.setting(short, args)) == (dtype == "float32")
+        commands = {job.name: " ".join(job.command) for job in short} | {
             f"generate {job.name}": " ".join(job.command) for job in generate.groups(args)["batch8"]
         }
         commands |= {
@@ -281,7 +295,7 @@ def test_peers_compute_in_fp32_where_told(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_on_a_gpu_every_process_measures_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(interleaved, "machine_name", lambda device: f"some {device}")
@@ -303,6 +317,10 @@ def test_on_a_gpu_every_process_measures_there(
     assert seen > 20
     for part in (startup.PART, products.PART):
         interleaved.measure(part, args)
+        monkeypatch.setattr(sys, "argv", ["", "--device", "cuda"])
+        with pytest.raises(SystemExit):
+            interleaved.main(part, "")
+        assert f"{part.name} is measured on a CPU only" in capsys.readouterr().err
     assert not (interleaved.RESULTS / "some_cuda").exists()
 
 

@@ -4,7 +4,6 @@ Each test looks at what was asked (the server's record) and at what was left (fi
 """
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from tests.fake_ollama import (
     four,
     tokens_of,
 )
-from tests.verb_processes import start_verb
+from tests.verb_processes import forked, running, spawned
 
 ROOT = Path(__file__).parents[2]
 USAGE, BACKEND = 2, 3
@@ -610,15 +610,12 @@ def test_killed_at_ten_moments_and_resumed(responses: Path) -> None:
         time.sleep(0.05)
         return Words(f"[RESULT] {1 + int(graded_text(body).split()[-1]) % 5}")
 
-    # Children of a process that has imported everything already: each starts within milliseconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     verdicts, moments = responses.parent / "verdicts.jsonl", random.Random(0)
     kept, grew = b"", 0
     with FakeOllama(slow) as server:
         for _ in range(kills):
             asked = len(server.chats)
-            process = context.Process(target=grade_slowly, args=(server.url, responses))
+            process = forked().Process(target=grade_slowly, args=(server.url, responses))
             process.start()
             while len(server.chats) == asked:
                 assert process.is_alive()
@@ -644,10 +641,18 @@ def test_killed_at_ten_moments_and_resumed(responses: Path) -> None:
     assert count <= len(server.chats) <= count + 2 * kills  # what was on its way
 
 
+# Spawned for Ctrl-C, as its threads, which wait for a reply, must not hold up the end of Python.
 @pytest.mark.parametrize("verb", ["judge", "predict"])
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code", "context"), [(signal.SIGINT, 130, spawned), (signal.SIGTERM, 143, forked)]
+)
 def test_a_signal_ends_it_at_once(
-    responses: Path, prompts: Path, verb: str, signum: int, code: int
+    responses: Path,
+    prompts: Path,
+    verb: str,
+    signum: int,
+    code: int,
+    context: Callable[[], BaseContext],
 ) -> None:
     asked, log = threading.Event(), responses.with_name("log.txt")
 
@@ -664,16 +669,16 @@ def test_a_signal_ends_it_at_once(
             arguments += [f"--config={ROOT}/configs/tiny_lora.yaml"]
             arguments += [f"--data.predict_path={prompts}"]
             arguments += [f"--trainer.default_root_dir={responses.parent}"]
-        process = start_verb(arguments, log)
-        assert asked.wait(timeout=60)
-        time.sleep(0.5)  # for the second verdict to reach the disk
-        start = time.monotonic()
-        os.kill(process.pid, signum)
-        process.join(timeout=25)
-        seconds = time.monotonic() - start
+        with running(arguments, log, context()) as process:
+            assert asked.wait(timeout=60), log.read_text()
+            time.sleep(0.5)  # for the second verdict to reach the disk
+            start = time.monotonic()
+            os.kill(process.pid, signum)
+            process.join(timeout=25)
+            seconds = time.monotonic() - start
+            assert process.exitcode == code, log.read_text()
     print(f"{verb} ended {seconds:.1f} s after signal {signum}; the reply would take 30 s")
     assert seconds < 15  # not by seconds: other tests' processes may have the cores
-    assert process.exitcode == code
     assert "Traceback" not in log.read_text()
     assert [v["id"] for v in rows(responses.parent / "verdicts.jsonl")] == [0, 1]
 

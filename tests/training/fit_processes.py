@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.verb_processes import start_verb
+from tests.verb_processes import running
 
 STEPS_AN_EPOCH = 13  # 102 records left in training, 8 a step: the last step is partial
 EPOCHS = 2
@@ -58,19 +58,19 @@ def run_fit(
 
     Return the seconds from the first checkpoint to the end, or None if the signal ended it.
     """
-    process = start_verb(["fit", *arguments], run / "log.txt")
-    while not (run / "last.ckpt").exists() and process.is_alive():
-        time.sleep(0.002)
-    start = time.monotonic()
-    process.join(kill_after)
-    ended_by = 0
-    if process.is_alive():
-        os.kill(process.pid, signum)
-        process.join(60)
-        ended_by = -signum if signum == signal.SIGKILL else 128 + signum
-    log = (run / "log.txt").read_text()
-    assert process.exitcode in (0, ended_by), f"exit code {process.exitcode}\n{log}"
-    return time.monotonic() - start if process.exitcode == 0 else None
+    with running(["fit", *arguments], run / "log.txt") as process:
+        while not (run / "last.ckpt").exists() and process.is_alive():
+            time.sleep(0.002)
+        start = time.monotonic()
+        process.join(kill_after)
+        ended_by = 0
+        if process.is_alive():
+            os.kill(process.pid, signum)
+            process.join(60)
+            ended_by = -signum if signum == signal.SIGKILL else 128 + signum
+        log = (run / "log.txt").read_text()
+        assert process.exitcode in (0, ended_by), f"exit code {process.exitcode}\n{log}"
+        return time.monotonic() - start if process.exitcode == 0 else None
 
 
 def assert_bitwise_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

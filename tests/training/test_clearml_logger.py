@@ -30,6 +30,7 @@ from llama_lightning.cli import main
 from llama_lightning.errors import UsageError
 from llama_lightning.training.last_and_best import LastAndBest
 from llama_lightning.training.trainer import Trainer
+from tests.verb_processes import forked
 
 COLUMNS = ["prompt", "response"]
 ROWS = [["What is the capital of France?", "Paris"], ["Say <b>.", 'ünï "quoted"\nline']]
@@ -38,14 +39,10 @@ ROWS = [["What is the capital of France?", "Paris"], ["Say <b>.", 'ünï "quoted
 @pytest.fixture(scope="module")
 def run_alone():
     """Run a function in a process of its own, in a folder that is also its HOME."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["llama_lightning.cli", "lightning.pytorch.cli", "tests.training.test_clearml_logger"]
-    )
 
     def run(function, folder: Path, **environment: str) -> None:
         arguments = (function, str(folder), environment)
-        process = context.Process(target=_alone, args=arguments)
+        process = forked().Process(target=_alone, args=arguments)
         process.start()
         process.join(60)
         assert process.exitcode == 0, (folder / "output.txt").read_text()

@@ -15,7 +15,7 @@ from tests.training.fit_processes import (
     run_fit,
     weights_of,
 )
-from tests.verb_processes import start_verb
+from tests.verb_processes import running
 
 
 def test_best_is_the_best_of_all_validations(workplace, tmp_path):
@@ -39,13 +39,13 @@ def test_a_resumed_run_keeps_its_good_checkpoint(workplace, tmp_path):
     run_fit([*arguments, "--trainer.max_steps=2"], tmp_path)
     written = (tmp_path / "last.ckpt").stat().st_mtime_ns
     resume = [*arguments, f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_steps=3"]
-    process = start_verb(["fit", *resume], tmp_path / "resumed.txt")
-    files = set()
-    while process.is_alive():
-        if (tmp_path / "last.ckpt").stat().st_mtime_ns != written:
-            files.add(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
-        time.sleep(0.005)
-    assert process.exitcode == 0, (tmp_path / "resumed.txt").read_text()
+    files, log = set(), tmp_path / "resumed.txt"
+    with running(["fit", *resume], log) as process:
+        while process.is_alive():
+            if (tmp_path / "last.ckpt").stat().st_mtime_ns != written:
+                files.add(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
+            time.sleep(0.005)
+        assert process.exitcode == 0, log.read_text()
     files.add(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
     print(f"steps of the checkpoints that the resumed run wrote: {files}")
     assert files == {3}
@@ -78,11 +78,11 @@ def test_a_checkpoint_from_inside_a_step_is_not_resumed(workplace, tmp_path):
     # The first validation, at micro-batch 9 of steps of 2, writes best.ckpt.
     arguments = [*fit_arguments(workplace, tmp_path, 1), "--trainer.limit_val_batches=1"]
     run_fit([*arguments, "--trainer.max_epochs=null", "--trainer.max_steps=5"], tmp_path)
-    best = tmp_path / "best.ckpt"
-    process = start_verb(["fit", *arguments, f"--ckpt_path={best}"], tmp_path / "resumed.txt")
-    process.join()
-    assert process.exitcode == 3
-    last_line = (tmp_path / "resumed.txt").read_text().splitlines()[-1]
+    best, log = tmp_path / "best.ckpt", tmp_path / "resumed.txt"
+    with running(["fit", *arguments, f"--ckpt_path={best}"], log) as process:
+        process.join()
+        assert process.exitcode == 3, log.read_text()
+    last_line = log.read_text().splitlines()[-1]
     print(last_line)
     assert "written by a validation inside an optimizer step (micro-batch 1 of 2)" in last_line
 
@@ -123,13 +123,14 @@ def test_a_setting_unlike_the_checkpoints_is_never_passed_over(
     assert said in error
 
 
-@pytest.mark.parametrize("step", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 4])
+@pytest.mark.parametrize("step", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2])
 def test_resume_at_an_epochs_end_and_inside(workplace, uninterrupted, tmp_path, step):
     expected, *_ = uninterrupted
     arguments = fit_arguments(workplace, tmp_path, step)
     # Killed when its first checkpoint appears: without validations, which write one too, and which
     # must not change what is trained, that is the one of this step.
-    run_fit([*arguments, "--trainer.limit_val_batches=0"], tmp_path, kill_after=0)
+    killed = run_fit([*arguments, "--trainer.limit_val_batches=0"], tmp_path, kill_after=0) is None
+    assert killed, "the run had ended before it could be killed"
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
     assert saved == step
     resume = tmp_path / "resume.ckpt"

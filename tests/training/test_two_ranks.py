@@ -25,6 +25,7 @@ def fit_on_two_ranks(folder: Path) -> str:
     # Whatever only one of two ranks waits for shows as a hang.
     result = subprocess.run(
         [sys.executable, "-m", "llama_lightning", *arguments(folder, 2)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
