@@ -21,10 +21,10 @@ def arguments(folder: Path, ranks: int) -> list[str]:
     return ["fit", f"--config={ROOT}/configs/tiny_lora.yaml", *keys]
 
 
-def fit_on_two_ranks(folder: Path) -> str:
+def fit_on_two_ranks(folder: Path, *keys: str) -> str:
     # Whatever only one of two ranks waits for shows as a hang.
     result = subprocess.run(
-        [sys.executable, "-m", "llama_lightning", *arguments(folder, 2)],
+        [sys.executable, "-m", "llama_lightning", *arguments(folder, 2), *keys],
         cwd=ROOT,
         capture_output=True,
         text=True,
