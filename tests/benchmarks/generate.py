@@ -27,7 +27,7 @@ from llama_lightning.data.rows import Row, read_rows
 from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.data.tokenizer import Tokenizer
 from tests.benchmarks import interleaved
-from tests.benchmarks.inputs import DATA, LONG, SHORT, TOKENIZER
+from tests.benchmarks.inputs import DATA, LONG, SHORT, TOKENIZER, check_files, device
 from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name, memory, synchronize
 from tests.random_llama import SHAPES, kept_random_llama
@@ -229,9 +229,10 @@ def main() -> None:
     parser.add_argument("--new", default="64", help="tokens an answer, or: reference")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    check_files(parser, args.tokenizer, args.records)
     torch.set_num_threads(args.threads)
     folder = kept_random_llama(args.shape, args.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:

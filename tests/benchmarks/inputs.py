@@ -3,6 +3,7 @@
 The folder stands beside the checkout, in ../shared/data, or is named by --data.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -20,3 +21,20 @@ def check(folder: Path) -> None:
             f"{folder}: no {', '.join(missing)}; name a folder by --data that holds records in "
             f"Alpaca's format as {SHORT} and {LONG}, and Meta's tokenizer.model as {TOKENIZER}"
         )
+
+
+def check_files(parser: argparse.ArgumentParser, *paths: Path) -> None:
+    """Refuse files that are not there."""
+    for path in paths:
+        if not path.is_file():
+            parser.error(f"{path}: no such file; --records and --tokenizer name them")
+
+
+def device(name: str) -> str:
+    """Refuse a GPU where torch has none."""
+    if name == "cuda":
+        import torch  # not where a start is timed
+
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("torch finds no CUDA device here")
+    return name

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.benchmarks.inputs import DATA, SHARED, check
+from tests.benchmarks.inputs import DATA, SHARED, check, device
 from tests.benchmarks.machine import machine_name
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +245,7 @@ def options(program: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a fit")
     parser.add_argument("--set-rows", type=int, default=200, help="short records of a data set")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--peers-dtype",
         choices=["bfloat16", "float32"],
@@ -277,6 +277,8 @@ def main(part: Part, text: str | None) -> None:
     args = parser.parse_args()
     if args.device != "cpu" and not part.on_gpu:
         parser.error(f"{part.name} is measured on a CPU only")
+    if args.print and args.names:
+        parser.error("--print shows the whole part; it takes no names")
     if not args.print:
         check(args.data)
         check_names(parser, args.names, part.groups(args))

@@ -33,7 +33,7 @@ from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.optim import OptimizerConfig
 from llama_lightning.training.trainer import Trainer
 from tests.benchmarks.folded import FoldedData
-from tests.benchmarks.inputs import DATA, SHORT, TOKENIZER
+from tests.benchmarks.inputs import DATA, SHORT, TOKENIZER, check_files, device
 from tests.benchmarks.machine import (
     machine_name,
     matmul_ceiling,
@@ -154,14 +154,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--targets", choices=["attn", "all"], default="attn")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-prefix-sharing", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_files(parser, args.tokenizer, *([] if args.generated else [args.records]))
+    return args
 
 
 def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Quiet]:

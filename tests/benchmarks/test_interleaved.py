@@ -305,6 +305,11 @@ def test_on_a_gpu_every_process_measures_there(
     script = tmp_path / "peers.py"
     script.touch()
     flags = ["--device", "cuda", "--script", str(script), "--repeats", "1"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        interleaved.options("", "").parse_args(flags)
+    assert "torch finds no CUDA device here" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     args = interleaved.options("", "").parse_args(flags)
     assert interleaved.peers_dtype(args) == "bfloat16"
     seen = 0
