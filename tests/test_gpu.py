@@ -23,7 +23,8 @@ from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Generation, Prefixes, PromptBatch
 from tests.model.oracle import small_llama
 from tests.small import write_byte_tokenizer, write_small_llama
-from tests.training.test_two_ranks import fit_on_two_ranks
+from tests.training.test_two_ranks import arguments
+from tests.verb_processes import on_two_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -230,7 +231,7 @@ def test_the_export_at_the_end_measures_on_the_device(
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 def test_the_export_at_the_end_of_two_devices(tmp_path: Path) -> None:
-    output = fit_on_two_ranks(tmp_path, "--trainer.accelerator=cuda")
+    output = on_two_ranks([*arguments(tmp_path), "--trainer.accelerator=cuda"])
     assert output.count("exported:") == 1
 
 

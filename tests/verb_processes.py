@@ -1,11 +1,12 @@
-"""Verbs in processes of their own, which tests can stop at any moment.
+"""Verbs in processes of their own, which tests can stop at any moment, and on two ranks.
 
-They are forked from a server that has imported what they need, so that a run costs a second and not
+Most are forked from a server that has imported what they need, so that a run costs a second and not
 eight.
 """
 
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,18 @@ def forked() -> BaseContext:
 def spawned() -> BaseContext:
     """Choose processes that import everything themselves, and end as Python ends."""
     return multiprocessing.get_context("spawn")
+
+
+def on_two_ranks(arguments: list[str]) -> str:
+    """Run a verb on two processes, which Lightning starts; what it prints."""
+    command = [sys.executable, "-m", "llama_lightning", *arguments, "--trainer.devices=2"]
+    root = Path(__file__).parents[1]
+    # Whatever only one of two ranks waits for shows as a hang.
+    result = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, check=False, timeout=180
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def _run(arguments: list[str], log: Path) -> None:

@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from llama_lightning.cli import main
-from tests.verb_processes import forked, running, spawned
+from tests.verb_processes import forked, on_two_ranks, running, spawned
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [
@@ -36,22 +34,6 @@ def _arguments(prompts: Path, target: Path, *arguments: str) -> list[str]:
         f"--trainer.default_root_dir={target.parent}",
         *arguments,
     ]
-
-
-def _two_ranks(prompts: Path, target: Path, *arguments: str) -> str:
-    """Answer on two processes; what the command says."""
-    two = ("--trainer.devices=2", "--trainer.strategy=ddp", *arguments)
-    # Whatever only one of two ranks waits for shows as a hang.
-    result = subprocess.run(
-        [sys.executable, "-m", "llama_lightning", *_arguments(prompts, target, *two)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def _rows(path: Path) -> list[dict]:
@@ -80,7 +62,8 @@ def test_rows_are_sorted_and_carry_their_record(alone):
 def test_two_ranks_write_the_file_of_one(prompts, alone, tmp_path):
     # 23 prompts, 5 a batch, 2 ranks: the last batch is short and one rank has a batch less.
     target = tmp_path / "responses.jsonl"
-    output = _two_ranks(prompts, target, "--data.eval_batch_size=5")
+    keys = ("--trainer.strategy=ddp", "--data.eval_batch_size=5")
+    output = on_two_ranks(_arguments(prompts, target, *keys))
     assert target.read_bytes() == alone.read_bytes()
     assert not list(tmp_path.glob("*.rank*")), "a rank's own file was left over"
     assert output.count("exact match") == 1
@@ -89,7 +72,8 @@ def test_two_ranks_write_the_file_of_one(prompts, alone, tmp_path):
 def test_a_rank_without_a_prompt_does_not_hold_the_other_up(prompts, tmp_path):
     target, few = tmp_path / "responses.jsonl", tmp_path / "few.json"
     few.write_text(json.dumps(PROMPTS[:3]))
-    _two_ranks(few, target, "--data.eval_batch_size=8")
+    keys = ("--trainer.strategy=ddp", "--data.eval_batch_size=8")
+    on_two_ranks(_arguments(few, target, *keys))
     assert [row["id"] for row in _rows(target)] == [0, 1, 2]
 
 

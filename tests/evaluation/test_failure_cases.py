@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -39,6 +38,7 @@ from tests.evaluation.test_judge import (
 from tests.evaluation.test_parse import QUOTING
 from tests.fake_ollama import FakeOllama, FakeOpenAI, FakeServer, Fault, Words, four
 from tests.judge_model import change_config
+from tests.verb_processes import on_two_ranks
 
 HELD: set[int] = set()
 
@@ -378,13 +378,10 @@ def test_19_no_memory_for_the_judge(path: Path) -> None:
 def test_20_several_ranks_leave_the_judge_to_its_verb(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([record(i, output=f"{i}") for i in range(5)]))
-    command = [sys.executable, "-m", "llama_lightning", "predict"]
-    command += ["--config=configs/tiny_lora.yaml", "--judge.backend=exact"]
-    command += [f"--data.predict_path={prompts}", f"--trainer.default_root_dir={tmp_path}"]
-    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.eval_batch_size=2"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    line = next(x for x in result.stdout.splitlines() if x.startswith("next: "))
+    arguments = ["predict", f"--config={ROOT}/configs/tiny_lora.yaml", "--judge.backend=exact"]
+    arguments += [f"--data.predict_path={prompts}", f"--trainer.default_root_dir={tmp_path}"]
+    output = on_two_ranks([*arguments, "--trainer.strategy=ddp", "--data.eval_batch_size=2"])
+    line = next(x for x in output.splitlines() if x.startswith("next: "))
     print(line)
     folder = tmp_path / "lightning_logs" / "version_0"
     assert not (folder / "verdicts.jsonl").exists()

@@ -1,44 +1,28 @@
 """The command line on two processes: it ends, writes once, and trains what one process trains."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from llama_lightning.cli import main
+from tests.verb_processes import on_two_ranks
 
 ROOT = Path(__file__).parents[2]
 
 
-def arguments(folder: Path, ranks: int) -> list[str]:
+def arguments(folder: Path) -> list[str]:
     keys = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--samples.every_n_steps=3"]
     keys += [f"--trainer.default_root_dir={folder}", "--checkpoint.every_n_train_steps=2"]
     keys += ["--export.format=hf"]  # which measures on all ranks
-    keys += [f"--trainer.devices={ranks}", "--trainer.strategy=auto"]
     return ["fit", f"--config={ROOT}/configs/tiny_lora.yaml", *keys]
-
-
-def fit_on_two_ranks(folder: Path, *keys: str) -> str:
-    # Whatever only one of two ranks waits for shows as a hang.
-    result = subprocess.run(
-        [sys.executable, "-m", "llama_lightning", *arguments(folder, 2), *keys],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_two_ranks_train_what_one_trains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folders = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
-    assert main(arguments(folders[1], 1)) == 0
-    outputs = {1: capfd.readouterr().out, 2: fit_on_two_ranks(folders[2])}
+    assert main([*arguments(folders[1]), "--trainer.devices=1"]) == 0
+    outputs = {1: capfd.readouterr().out, 2: on_two_ranks(arguments(folders[2]))}
     weights = {}
     for ranks, folder in folders.items():
         (checkpoint,) = folder.rglob("last.ckpt")
