@@ -35,13 +35,13 @@ def spawned() -> BaseContext:
     return multiprocessing.get_context("spawn")
 
 
-def on_two_ranks(arguments: list[str]) -> str:
+def on_two_ranks(arguments: list[str], timeout: int = 180) -> str:
     """Run a verb on two processes, which Lightning starts; what it prints."""
     command = [sys.executable, "-m", "llama_lightning", *arguments, "--trainer.devices=2"]
     root = Path(__file__).parents[1]
     # Whatever only one of two ranks waits for shows as a hang.
     result = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, check=False, timeout=180
+        command, cwd=root, capture_output=True, text=True, check=False, timeout=timeout
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

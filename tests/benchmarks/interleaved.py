@@ -180,13 +180,14 @@ def measure(part: Part, args: argparse.Namespace, chosen: Sequence[str] = ()) ->
             for job in groups[key]:
                 start = time.monotonic()
                 line = {"name": job.name, "repeat": repeat, **run(job, args.threads)}
-                group["lines"].append(line | {"took_s": round(time.monotonic() - start)})
+                line["took_s"] = round(time.monotonic() - start)
+                group["lines"].append(line)
                 if key not in kept or len(group["lines"]) >= len(groups[key]):
                     kept[key] = group
                 runs = {key: kept[key]["lines"] for key in groups if key in kept}
                 report = {"title": title(part, args), "table": part.table(runs)}
                 write(file, {**report, "groups": {key: kept[key] for key in runs}})
-                done = f"{part.name} {key}, {job.name}, {group['lines'][-1]['took_s']} s"
+                done = f"{part.name} {key}, {job.name}, {line['took_s']} s"
                 print(f"{done}: {brief(line)}", file=sys.stderr, flush=True)
 
 

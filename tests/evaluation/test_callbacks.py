@@ -73,7 +73,7 @@ def test_a_rank_without_a_prompt_does_not_hold_the_other_up(prompts, tmp_path):
     target, few = tmp_path / "responses.jsonl", tmp_path / "few.json"
     few.write_text(json.dumps(PROMPTS[:3]))
     keys = ("--trainer.strategy=ddp", "--data.eval_batch_size=8")
-    on_two_ranks(_arguments(few, target, *keys))
+    on_two_ranks(_arguments(few, target, *keys), timeout=120)
     assert [row["id"] for row in _rows(target)] == [0, 1, 2]
 
 

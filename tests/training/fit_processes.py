@@ -10,7 +10,7 @@ import torch
 from tests.verb_processes import running
 
 STEPS_AN_EPOCH = 13  # 102 records left in training, 8 a step: the last step is partial
-EPOCHS = 2
+EPOCHS = 3
 
 
 def fit_arguments(workplace: Path, run: Path, every: int) -> list[str]:

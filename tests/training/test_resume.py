@@ -123,7 +123,7 @@ def test_a_setting_unlike_the_checkpoints_is_never_passed_over(
     assert said in error
 
 
-@pytest.mark.parametrize("step", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2])
+@pytest.mark.parametrize("step", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 4])
 def test_resume_at_an_epochs_end_and_inside(workplace, uninterrupted, tmp_path, step):
     expected, *_ = uninterrupted
     arguments = fit_arguments(workplace, tmp_path, step)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def arguments(folder: Path) -> list[str]:
     keys = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--samples.every_n_steps=3"]
     keys += [f"--trainer.default_root_dir={folder}", "--checkpoint.every_n_train_steps=2"]
-    keys += ["--export.format=hf"]  # which measures on all ranks
+    keys += ["--export.format=hf", "--trainer.strategy=auto"]  # the export measures on all ranks
     return ["fit", f"--config={ROOT}/configs/tiny_lora.yaml", *keys]
 
 
