@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import json
+from array import array
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,13 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """Tell one tokenizer from another by every token of it."""
-        tokens = repr((sorted(self.ranks.items()), sorted(self.special_ids.items())))
-        return hashlib.sha256(tokens.encode()).hexdigest()
+        # By id, so that the file's order is nothing; lengths, so that no two sets join to the same.
+        tokens = sorted(self.ranks, key=self.ranks.__getitem__)
+        ids = array("q", map(self.ranks.__getitem__, tokens))
+        digest = hashlib.sha256(repr(sorted(self.special_ids.items())).encode())
+        digest.update(ids + array("q", map(len, tokens)))
+        digest.update(b"".join(tokens))
+        return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Encode plain text, without any special token."""

@@ -63,6 +63,11 @@ class GenerationConfig:
                 "are the same; set generation.temperature, e.g. to 0.7"
             )
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether nothing is asked of logits but where the largest is."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 def row_generator(seed: int, row_id: int, sample: int = 0) -> torch.Generator:
     """Make a response's own source of randomness, so that it does not depend on its batch."""

@@ -10,13 +10,14 @@ from llama_lightning.model.continuous_batch import ContinuousBatch
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.prepack import prepacked
 from llama_lightning.model.sampling import GenerationConfig
+from llama_lightning.model.screened_head import screened
 from llama_lightning.records import Generation, PromptBatch
 
 
 class Answering:
     """What is unfinished of one batch of prompts goes on beside the next.
 
-    While something is, the network's weights are prepacked.
+    While something is, the network's weights are laid out for it.
 
     Attributes:
         listeners: who is told of each response the moment it is finished.
@@ -25,7 +26,7 @@ class Answering:
     def __init__(self) -> None:
         self.listeners: list[Callable[[Generation], None]] = []
         self._running: ContinuousBatch | None = None
-        self._prepacked = ExitStack()
+        self._laid_out = ExitStack()
 
     def answer(
         self, model: Llama, config: GenerationConfig, batch: PromptBatch, *, drain: bool
@@ -45,8 +46,10 @@ class Answering:
         generations = []
         try:
             if self._running is None and len(batch.row_ids):
-                self._prepacked.enter_context(prepacked(model))
                 size = len(batch.row_ids) * config.num_samples
+                if config.takes_likeliest:
+                    self._laid_out.enter_context(screened(model, size))
+                self._laid_out.enter_context(prepacked(model))
                 self._running = ContinuousBatch(model, config, size)
             if self._running is not None:
                 self._running.add(batch)
@@ -65,4 +68,4 @@ class Answering:
     def stop(self) -> None:
         """Give the weights back as they were, and drop what is not answered."""
         self._running = None
-        self._prepacked.close()
+        self._laid_out.close()

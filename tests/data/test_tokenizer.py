@@ -225,6 +225,26 @@ def test_decoding_leaves_out_special_tokens_and_unused_ids(tmp_path):
     assert tokenizer.decode([0xC3]) == "\ufffd"  # half a character: generation may stop there
 
 
+def test_a_digest_tells_every_token_and_not_their_order():
+    single = {bytes([b]): b for b in range(256)}
+    special = {"<|begin_of_text|>": 300, "<|end_of_text|>": 301}
+
+    def digest(ranks: dict[bytes, int], more: dict[str, int] | None = None) -> str:
+        return Tokenizer(single | ranks, special | (more or {})).digest
+
+    one = digest({b"ab": 256, b"abc": 257})
+    assert digest({b"abc": 257, b"ab": 256}) == one
+    others = [
+        digest({b"ab": 256, b"abd": 257}),
+        digest({b"aba": 256, b"bc": 257}),  # joined they are the same bytes
+        digest({b"ab": 257, b"abc": 256}),
+        digest({b"ab": 256, b"abc": 258}),
+        digest({b"ab": 256}),
+        digest({b"ab": 256, b"abc": 257}, {"<|eot_id|>": 302}),
+    ]
+    assert len({one, *others}) == 1 + len(others)
+
+
 # Where the tokenizer is found.
 
 

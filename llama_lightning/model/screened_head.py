@@ -1,0 +1,85 @@
+"""Find a few rows' likeliest token by half the bytes of the head: what cannot win is not computed.
+
+At few rows a decode step takes as long as memory takes to give the weights, and the head is the
+largest of them. Codes of 8 bits tell each logit to within a bound. The logits of the tokens that
+may be the likeliest by it, a hundred or two with random weights, are computed from the head itself,
+so that the token is the one that the whole product gives.
+Source: codes with one scale for each output as in LLM.int8() (arXiv 2208.07339); what they are off
+by changes x.w by no more than the sum of |x| times the largest of it.
+Letters: B rows, D hidden size, V vocabulary, K tokens kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llama_lightning.model.linear import CPU_HAS_BF16, Linear
+from llama_lightning.model.llama import Llama
+
+# Above, the whole product is as fast: torch's kernel brings the codes in again for every 4 rows.
+MAX_ROWS = 4 if CPU_HAS_BF16 else 8
+# A smaller head stays in the processor's cache, and is not what a step waits for.
+MIN_BYTES = 2**26
+OFF = 0.5  # of a code, at most, is what a weight is rounded by
+TOKENS = 512  # whose codes are made, or logits computed, at a time: in the cache
+
+
+class ScreenedHead(nn.Module):
+    """A head of 8-bit codes beside the weights, which it reads for a few tokens only.
+
+    Args:
+        weight: (V, D) on the CPU, to be multiplied in bf16.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight_VD = weight.detach()
+        self.codes_VD = torch.empty_like(self.weight_VD, dtype=torch.int8)
+        self.scales_V = self.weight_VD.new_empty(len(weight), dtype=torch.bfloat16)
+        parts = (torch.split(t, TOKENS) for t in (self.weight_VD, self.codes_VD, self.scales_V))
+        for weights, codes, scales in zip(*parts, strict=True):
+            weights = weights.to(torch.bfloat16)
+            scales.copy_(weights.abs().amax(1) / 127).clamp_min_(torch.finfo(scales.dtype).tiny)
+            codes.copy_((weights.float() * (1 / scales.float()[:, None])).round_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., V) in bf16; -inf for tokens that are not the likeliest."""
+        x_BD = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        rough_BV = torch._weight_int8pack_mm(x_BD, self.codes_VD, self.scales_V).float()
+        # Two sums of D products in fp32, of codes up to 127, add less than D 2^-16 to what a weight
+        # is off by; as much again is left for what rounds here.
+        off_B1 = x_BD.float().abs().sum(1, keepdim=True) * (OFF + x_BD.shape[1] * 2**-15)
+        # Either logit is rounded to bf16, by 2^-8 of it at most; twice that is allowed.
+        error_BV = off_B1 * self.scales_V + rough_BV.abs() * 2**-6
+        best_B1 = (rough_BV - error_BV).amax(1, keepdim=True)
+        kept_K = (rough_BV + error_BV >= best_B1).any(0).nonzero().squeeze(1)
+        logits_BV = x_BD.new_full(rough_BV.shape, -torch.inf)
+        with torch.autocast("cpu", enabled=False):  # sums in fp32, as those of a bf16 product
+            for tokens in torch.split(kept_K, TOKENS):
+                weights = self.weight_VD[tokens].to(torch.bfloat16).float()
+                logits_BV[:, tokens] = F.linear(x_BD.float(), weights).to(torch.bfloat16)
+        return logits_BV.view(*x.shape[:-1], -1)
+
+
+@contextmanager
+def screened(model: Llama, rows: int) -> Iterator[None]:
+    """Screen the model's head, for whoever asks for the likeliest token of so many rows.
+
+    Nothing changes where the whole product is as fast, and at the end all is as it was.
+    """
+    head = model.lm_head
+    if (
+        rows <= MAX_ROWS
+        and type(head) is Linear
+        and head.weight.device.type == "cpu"
+        and head.weight.nbytes >= MIN_BYTES
+        and head.computes_in_bf16(head.weight.dtype)
+    ):
+        model.register_module("lm_head", ScreenedHead(head.weight))
+    try:
+        yield
+    finally:
+        model.register_module("lm_head", head)
