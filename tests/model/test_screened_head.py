@@ -181,6 +181,9 @@ def test_only_a_plain_head_that_multiplies_in_bf16_is_screened(
         assert type(wide.lm_head) is Linear
     with torch.autocast("cpu", torch.bfloat16), screened(wide, 1):
         assert isinstance(wide.lm_head, ScreenedHead)
+    odd = small_llama(small_config(hidden_size=200)).bfloat16()  # a kernel would read past its end
+    with screened(odd, 1):
+        assert type(odd.lm_head) is Linear
     untied = small_llama(small_config(tie_word_embeddings=False)).bfloat16()
     inject_lora(untied, LoRAConfig(rank=4, target_modules=["lm_head"]), dtype=torch.float32)
     with screened(untied, 1):
