@@ -29,6 +29,7 @@ def fit_arguments(workplace: Path, run: Path, every: int) -> list[str]:
         "model.optimizer.warmup": 0.2,
         "model.optimizer.eta_min": 0.0003,
         "data.path": workplace / "data.json",
+        "data.template": "plain",  # alpaca's words are most of a step to a tokenizer of bytes
         "data.batch_size": 8,
         "data.val_fraction": 0.07,
         "data.test_fraction": 0.07,

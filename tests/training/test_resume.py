@@ -95,7 +95,7 @@ def test_a_checkpoint_from_inside_a_step_is_not_resumed(workplace, tmp_path):
         ("model.lora.alpha=4", "model.lora.alpha is 4.0, the checkpoint has 16.0"),
         ("model.qkv_bias=true", "model.qkv_bias is True, the checkpoint has False"),
         ("data.batch_size=4", "data.batch_size is 4, was 8"),
-        ("data.template=plain", "but the checkpoint was trained with 'alpaca'"),
+        ("data.template=alpaca", "but the checkpoint was trained with 'plain'"),
         (
             "data.tokenizer={workplace}/other.model",
             "makes other tokens than the tokenizer that the checkpoint",
