@@ -169,7 +169,7 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """Tell one tokenizer from another by every token of it."""
-        # By id, so that the file's order is nothing; lengths, so that no two sets join to the same.
+        # By id, as a file's order does not matter; with lengths, as ab + c and a + bc differ.
         tokens = sorted(self.ranks, key=self.ranks.__getitem__)
         ids = array("q", map(self.ranks.__getitem__, tokens))
         digest = hashlib.sha256(repr(sorted(self.special_ids.items())).encode())

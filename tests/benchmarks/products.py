@@ -1,8 +1,9 @@
-"""`python -m tests.benchmarks.products`: bf16 products of torch beside ours in fp32.
+"""`python -m tests.benchmarks.products`: bf16 products on a CPU, the plain way beside ours.
 
-One matrix of the 1B shape at several numbers of rows, forward and backward to the input, each way
-in a process of its own and in turn. `model/linear.py` takes the faster way: torch's where the
-processor has instructions for bf16. `--way` measures one way, as a JSON line of milliseconds.
+Of the 1B shape, at several numbers of rows: one matrix, forward and backward to the input, by torch
+and in fp32 (`model/linear.py` takes the faster: torch's where the processor has instructions for
+bf16); and the head, whole, as it is laid out while prompts are answered, and screened. Each way is
+measured in a process of its own and in turn. `--way` measures one, as a JSON line of milliseconds.
 """
 
 import argparse
@@ -11,19 +12,24 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llama_lightning.model.linear import CPU_HAS_BF16, product_in_fp32
+from llama_lightning.model.linear import CPU_HAS_BF16, Linear, product_in_fp32
+from llama_lightning.model.prepack import prepacked
+from llama_lightning.model.screened_head import ScreenedHead
 from tests.benchmarks import interleaved
 from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name
 
-TORCH, OURS = "torch", "in fp32"
-WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {TORCH: F.linear, OURS: product_in_fp32}
-ROWS = (1, 4, 8, 32, 128, 512)
+TORCH, OURS, WHOLE, SCREENED = "torch", "in fp32", "whole head", "screened head"
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {TORCH: F.linear, OURS: product_in_fp32}
+WAYS = {"products": (TORCH, OURS), "head": (WHOLE, SCREENED)}
+ROWS = {"products": (1, 4, 8, 32, 128, 512), "head": (1, 2, 4, 8, 16)}
+TOKENS, WIDTH = 128_256, 2048
 REPEATS = 3  # of which the best counts
 
 
@@ -37,12 +43,12 @@ def milliseconds(call: Callable[[], object]) -> float:
     return round(min(times[1:]), 3)
 
 
-def measure(way: str) -> dict[str, float]:
-    """Time a way at each number of rows, forward and backward."""
-    product, found = WAYS[way], {}
-    weight = torch.randn(2048, 2048, dtype=torch.bfloat16)
-    for rows in ROWS:
-        x = torch.randn(rows, 2048, dtype=torch.bfloat16, requires_grad=True)
+def of_a_matrix(way: str) -> dict[str, float]:
+    """Time a product at each number of rows, forward and backward."""
+    product, found = PRODUCTS[way], {}
+    weight = torch.randn(WIDTH, WIDTH, dtype=torch.bfloat16)
+    for rows in ROWS["products"]:
+        x = torch.randn(rows, WIDTH, dtype=torch.bfloat16, requires_grad=True)
         out = product(x, weight)
         gradient = torch.randn_like(out)
         with torch.no_grad():
@@ -53,27 +59,51 @@ def measure(way: str) -> dict[str, float]:
     return found
 
 
+@torch.inference_mode()
+def of_a_head(way: str) -> dict[str, float]:
+    """Time the likeliest tokens of each number of rows, and laying the head out for them."""
+    network = torch.nn.Sequential(Linear(WIDTH, TOKENS, bias=False, dtype=torch.bfloat16))
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        if way == SCREENED:
+            head: torch.nn.Module = ScreenedHead(network[0].weight)
+        else:
+            stack.enter_context(prepacked(network))
+            head = network[0]
+        found = {"layout 0": round(1e3 * (time.perf_counter() - start), 3)}
+        for rows in ROWS["head"]:
+            x = torch.randn(rows, WIDTH, dtype=torch.bfloat16)
+            found[f"forward {rows}"] = milliseconds(lambda x=x: head(x).max(-1).indices)
+    return found
+
+
 def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     """Name the measurements."""
     flags = ["--threads", args.threads, "--way"]
-    return {"products": [Job(w, interleaved.measurement("products", [*flags, w])) for w in WAYS]}
+    return {
+        group: [Job(way, interleaved.measurement("products", [*flags, way])) for way in ways]
+        for group, ways in WAYS.items()
+    }
 
 
 def table(runs: Runs) -> list[str]:
-    """Lay out medians, and how often ours fits in torch's."""
+    """Lay out medians, and how often ours fits in the plain way."""
     rows: list[list[object]] = []
-    for lines in runs.values():
-        names = [f"{pass_} {rows}" for rows in ROWS for pass_ in ("forward", "backward")]
+    for group, lines in runs.items():
+        passes = ("forward", "backward") if group == "products" else ("forward",)
+        names = [f"{pass_} {number}" for number in ROWS[group] for pass_ in passes]
+        names += ["layout 0"] if group == "head" else []
         figures = interleaved.medians(lines, names)
         for name in names:
-            theirs, mine = (figures.get(way, {}).get(name) for way in WAYS)
+            theirs, mine = (figures.get(way, {}).get(name) for way in WAYS[group])
             pass_, number = name.split()
             gain = interleaved.ratio(theirs, mine) if theirs and mine else None
-            rows.append([number, pass_, theirs, mine, gain])
-    return interleaved.markdown(["rows", "pass", "torch, ms", "in fp32, ms", "gain"], rows)
+            rows.append([", ".join(WAYS[group]), number, pass_, theirs, mine, gain])
+    head = ["ways", "rows", "pass", "the first, ms", "the second, ms", "gain"]
+    return interleaved.markdown(head, rows)
 
 
-TITLE = "bf16 products on a CPU, a matrix of 2,048 by 2,048"
+TITLE = "bf16 products on a CPU: a matrix of 2,048 by 2,048, and a head of 128,256 tokens"
 PART = Part("products", TITLE, groups, table, shaped=False, on_gpu=False)
 
 
@@ -82,12 +112,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.products", description=__doc__
     )
-    parser.add_argument("--way", choices=list(WAYS), required=True)
+    parser.add_argument("--way", choices=[*PRODUCTS, WHOLE, SCREENED], required=True)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     told = {"machine": machine_name("cpu"), "torch": torch.__version__, "has_bf16": CPU_HAS_BF16}
-    print(json.dumps({"way": args.way, **told, **measure(args.way)}), flush=True)
+    measured = of_a_matrix(args.way) if args.way in PRODUCTS else of_a_head(args.way)
+    print(json.dumps({"way": args.way, **told, **measured}), flush=True)
 
 
 if __name__ == "__main__":

@@ -341,11 +341,27 @@ def test_ways_of_a_product_are_compared() -> None:
     def one(way: str, forward: float) -> dict:
         return {"name": way, "forward 8": forward, "backward 8": 2 * forward}
 
-    rows = products.table({"products": [one(products.TORCH, 6), one(products.OURS, 2)]})
-    found = {tuple(cells(row)[:2]): cells(row)[2:] for row in rows[2:]}
-    assert found["8", "forward"] == ["6", "2", "3.00"]
-    assert found["8", "backward"] == ["12", "4", "3.00"]
-    assert found["1", "forward"] == ["", "", ""]
+    heads = [
+        {"name": way, "forward 2": forward, "layout 0": layout}
+        for way, forward, layout in ((products.WHOLE, 9, 10), (products.SCREENED, 6, 40))
+    ]
+    lines = [one(products.TORCH, 6), one(products.OURS, 2)]
+    rows = products.table({"products": lines, "head": heads})
+    found = {tuple(cells(row)[:3]): cells(row)[3:] for row in rows[2:]}
+    assert found["torch, in fp32", "8", "forward"] == ["6", "2", "3.00"]
+    assert found["torch, in fp32", "8", "backward"] == ["12", "4", "3.00"]
+    assert found["torch, in fp32", "1", "forward"] == ["", "", ""]
+    assert found["whole head, screened head", "2", "forward"] == ["9", "6", "1.50"]
+    assert found["whole head, screened head", "0", "layout"] == ["10", "40", "0.25"]
+
+
+@pytest.mark.parametrize("way", [products.WHOLE, products.SCREENED])
+def test_a_head_is_measured(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "TOKENS", 512)
+    monkeypatch.setattr(products, "WIDTH", 64)
+    found = products.of_a_head(way)
+    assert list(found) == ["layout 0", *(f"forward {rows}" for rows in products.ROWS["head"])]
+    assert all(figure > 0 for figure in found.values())
 
 
 def test_records_of_equal_and_of_spread_lengths_have_the_same_words(tmp_path: Path) -> None:
