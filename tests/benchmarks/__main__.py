@@ -19,7 +19,8 @@ def main() -> None:
     check_names(parser, args.names, PARTS)
     parts = [part for name, part in PARTS.items() if not args.names or name in args.names]
     if not args.print:
-        check(args.data)
+        if any(part.reads for part in parts):
+            check(args.data)
         for part in parts:
             measure(part, args)
     print(printed(parts, args))

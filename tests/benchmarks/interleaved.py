@@ -60,6 +60,7 @@ class Part(NamedTuple):
     table: Callable[[Runs], list[str]]  # Markdown, of whatever there is so far
     shaped: bool = True  # another --shape makes another file
     on_gpu: bool = True  # or on a CPU only
+    reads: bool = True  # records and a tokenizer of --data
 
     def file(self, args: argparse.Namespace) -> Path:
         """Where its measurements are kept, by default in a folder of the machine's."""
@@ -281,7 +282,8 @@ def main(part: Part, text: str | None) -> None:
     if args.print and args.names:
         parser.error("--print shows the whole part; it takes no names")
     if not args.print:
-        check(args.data)
+        if part.reads:
+            check(args.data)
         check_names(parser, args.names, part.groups(args))
         measure(part, args, args.names)
     print(printed([part], args))

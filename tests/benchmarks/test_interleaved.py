@@ -348,11 +348,11 @@ def test_ways_of_a_product_are_compared() -> None:
     lines = [one(products.TORCH, 6), one(products.OURS, 2)]
     rows = products.table({"products": lines, "head": heads})
     found = {tuple(cells(row)[:3]): cells(row)[3:] for row in rows[2:]}
-    assert found["torch, in fp32", "8", "forward"] == ["6", "2", "3.00"]
-    assert found["torch, in fp32", "8", "backward"] == ["12", "4", "3.00"]
-    assert found["torch, in fp32", "1", "forward"] == ["", "", ""]
-    assert found["whole head, screened head", "2", "forward"] == ["9", "6", "1.50"]
-    assert found["whole head, screened head", "0", "layout"] == ["10", "40", "0.25"]
+    assert found["torch / in fp32", "8", "forward"] == ["6", "2", "3.00"]
+    assert found["torch / in fp32", "8", "backward"] == ["12", "4", "3.00"]
+    assert found["torch / in fp32", "1", "forward"] == ["", "", ""]
+    assert found["whole head / screened head", "2", "forward"] == ["9", "6", "1.50"]
+    assert found["whole head / screened head", "", "layout"] == ["10", "40", ""]
 
 
 @pytest.mark.parametrize("way", [products.WHOLE, products.SCREENED])
