@@ -5,8 +5,8 @@ largest of them. Codes of 8 bits tell each logit to within a bound. Only the log
 largest by it, of random weights about a hundred a row, are computed from the head itself. So the
 token is the one that the whole product gives, unless two are so near that the order of sums in fp32
 decides. A decode step of the 1B shape with 4 layers takes 57 instead of 71 ms at 1 row, 87 instead
-of 119 at 2, 147 instead of 216 at 4 and 232 instead of 277 at 8; the codes are made in 0.4 s, once
-a run (2 cores of an AMD EPYC, which has no instructions for bf16).
+of 119 at 2, 147 instead of 216 at 4 and 232 instead of 277 at 8; the codes are made in 0.4 to
+1.1 s, once a run (2 cores of an AMD EPYC, which has no instructions for bf16).
 Source: codes with one scale for each output as in LLM.int8() (arXiv 2208.07339); what they are off
 by changes x.w by no more than the sum of |x| times the largest of it.
 Letters: B rows, D hidden size, V vocabulary, K tokens kept.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from llama_lightning.model.linear import CPU_HAS_BF16, Linear
 from llama_lightning.model.llama import Llama
 
-# Above, the whole product is as fast: torch's kernel brings the codes in again for every 4 rows.
+# Above, a step gains little or loses: torch's kernel brings the codes in again for every 4 rows.
 # Beside instructions for bf16 the number is reckoned from what is read, and not measured.
 MAX_ROWS = 4 if CPU_HAS_BF16 else 8
 # A smaller head stays in the processor's cache, and is not what a step waits for.
@@ -78,8 +78,8 @@ class ScreenedHead(nn.Module):
 def screened(model: Llama, rows: int) -> Iterator[None]:
     """Screen the model's head, for whoever asks for the likeliest token of so many rows.
 
-    Nothing changes where the whole product is as fast, and at the end all is as it was. Meanwhile
-    the model must not be moved, nor its state saved.
+    Nothing changes where that gains little, and at the end all is as it was. Meanwhile the model
+    must not be moved, nor its state saved.
     """
     head = model.lm_head
     try:
