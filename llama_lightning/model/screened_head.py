@@ -12,7 +12,6 @@ by changes x.w by no more than the sum of |x| times the largest of it.
 Letters: B rows, D hidden size, V vocabulary, K tokens kept.
 """
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,58 +19,65 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama_lightning.model.linear import CPU_HAS_BF16, Linear
+from llama_lightning.model import fbgemm
+from llama_lightning.model.linear import Linear
 from llama_lightning.model.llama import Llama
 
-# Above, a step gains little or loses: torch's kernel brings the codes in again for every 4 rows.
-# Beside instructions for bf16 the number is reckoned from what is read, and not measured.
-MAX_ROWS = 4 if CPU_HAS_BF16 else 8
+# Above, the whole product takes no longer. Beside instructions for bf16 that is reckoned from what
+# is read, and not measured.
+MAX_ROWS = 4
 # A smaller head stays in the processor's cache, and is not what a step waits for.
 MIN_BYTES = 2**26
-TOKENS = 128  # whose codes are made, or logits computed, at a time: in the cache
-INPUTS = 16  # torch's kernel reads so many at once, from their own multiples, there or not
-# By how much a rough logit differs from the true one: a weight by half a code, and a logit by twice
-# what two of them are rounded to bf16 by (as long as bf16 has normal numbers for them).
-CODE_ERROR, LOGIT_ERROR = 0.5, 2**-6
+TOKENS = 128  # whose logits are computed at a time: in the cache
+PARTS = 2 * fbgemm.MAX_INPUT  # of a step of the inputs
+# By how much a rough logit differs from the true one: a weight by half a code; an input by half a
+# part of a step, and rounding, at a weight's largest code; and a logit by what two of them may
+# differ by, and be the same in bf16 (as long as bf16 has normal numbers for them).
+CODE_ERROR, INPUT_ERROR, LOGIT_ERROR = 0.5, 1.01 * fbgemm.MAX_CODE / 2 / PARTS, 2**-7
 
 
 class ScreenedHead(nn.Module):
     """A head of 8-bit codes beside the weights, which it reads for a few tokens only.
 
     Args:
-        weight: (V, D) on the CPU, to be multiplied in bf16; D in sixteens.
+        weight: (V, D) on the CPU, to be multiplied in bf16.
     """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight_VD = weight.detach()
-        self.codes_VD = torch.empty(weight.shape, dtype=torch.int8)
-        self.scales_V = torch.empty(len(weight), dtype=torch.bfloat16)
-        parts = (torch.split(t, TOKENS) for t in (self.weight_VD, self.codes_VD, self.scales_V))
-        for weights, codes, scales in zip(*parts, strict=True):
-            weights = weights.to(torch.bfloat16)
-            scales.copy_(weights.abs().amax(1) / 127).clamp_min_(torch.finfo(scales.dtype).tiny)
-            codes.copy_(weights.float().mul_(1 / scales.float()[:, None]).round_())
+        self.codes = fbgemm.Int8Matrix(self.weight_VD)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., V) in bf16; -inf for tokens that are not the likeliest."""
-        x_BD = x.reshape(-1, x.shape[-1]).to(  # a copy begins where the kernel may read
-            torch.bfloat16, copy=True, memory_format=torch.contiguous_format
-        )
-        rough_BV = torch._weight_int8pack_mm(x_BD, self.codes_VD, self.scales_V).float()
-        # Two sums of D products in fp32, of codes up to 127, add less than D 2^-16 to what a weight
-        # is off by; as much again is left for scales and what else rounds here.
-        off_B1 = x_BD.float().abs().sum(1, keepdim=True) * (CODE_ERROR + x_BD.shape[1] * 2**-15)
-        error_BV = off_B1 * self.scales_V + rough_BV.abs() * LOGIT_ERROR
+        x_BD = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).float()
+        rough_BV, error_BV = self._roughly(x_BD)
         best_B1 = (rough_BV - error_BV).amax(1, keepdim=True)
         # Not "at least the best": what is no number is kept, and seen as by the whole product.
         kept_K = (~(rough_BV + error_BV < best_B1)).any(0).nonzero().squeeze(1)
-        logits_BV = x_BD.new_full(rough_BV.shape, -torch.inf)
+        logits_BV = x.new_full(rough_BV.shape, -torch.inf, dtype=torch.bfloat16)
         with torch.autocast("cpu", enabled=False):  # sums in fp32, as those of a bf16 product
             for tokens in torch.split(kept_K, TOKENS):
                 weights = self.weight_VD[tokens].to(torch.bfloat16).float()
-                logits_BV[:, tokens] = F.linear(x_BD.float(), weights).to(torch.bfloat16)
-        return logits_BV.view(*x.shape[:-1], len(self.codes_VD))
+                logits_BV[:, tokens] = F.linear(x_BD, weights).to(torch.bfloat16)
+        return logits_BV.view(*x.shape[:-1], len(self.weight_VD))
+
+    def _roughly(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits by the codes, and by how much they may be off."""
+        # Inputs too are whole numbers to their kernel: first of steps, then of what is left of one.
+        step_B1 = x_BD.abs().amax(1, keepdim=True) / fbgemm.MAX_INPUT
+        step_B1.clamp_min_(torch.finfo(x_BD.dtype).tiny)
+        steps_BD = x_BD / step_B1
+        whole_BD = steps_BD.round()
+        rest_BD = ((steps_BD - whole_BD) * PARTS).round()
+        whole_BV, rest_BV = self.codes.product(torch.cat([whole_BD, rest_BD])).chunk(2)
+        rough_BV = (whole_BV + rest_BV / PARTS) * step_B1 * self.codes.scales_O
+        # Two sums of D products in fp32, of codes up to 127, add less than D 2^-16 to what a weight
+        # is off by; as much again is left for scales and what else rounds here.
+        inputs = x_BD.shape[1]
+        off_B1 = x_BD.abs().sum(1, keepdim=True) * (CODE_ERROR + inputs * 2**-15)
+        off_B1 += step_B1 * inputs * INPUT_ERROR
+        return rough_BV, off_B1 * self.codes.scales_O + rough_BV.abs() * LOGIT_ERROR
 
 
 @contextmanager
@@ -87,12 +93,10 @@ def screened(model: Llama, rows: int) -> Iterator[None]:
             rows <= MAX_ROWS
             and type(head) is Linear
             and head.bias is None
-            and head.in_features % INPUTS == 0
             and head.weight.device.type == "cpu"
             and head.weight.nbytes >= MIN_BYTES
             and head.computes_in_bf16(head.weight.dtype)
-            # Elsewhere torch's kernel does without vectors (Windows), or has not been tried.
-            and platform.machine() == "x86_64"
+            and fbgemm.is_there()
         ):
             model.register_module("lm_head", ScreenedHead(head.weight))
         yield

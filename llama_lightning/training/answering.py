@@ -49,7 +49,7 @@ class Answering:
                 size = len(batch.row_ids) * config.num_samples
                 if config.takes_likeliest:
                     self._laid_out.enter_context(screened(model, size))
-                self._laid_out.enter_context(prepacked(model))
+                self._laid_out.enter_context(prepacked(model, size))
                 self._running = ContinuousBatch(model, config, size)
             if self._running is not None:
                 self._running.add(batch)

@@ -2,8 +2,9 @@
 
 Of the 1B shape, at several numbers of rows: one matrix, forward and backward to the input, by torch
 and in fp32 (`model/linear.py` takes the faster: torch's where the processor has instructions for
-bf16); and the head, whole, as it is laid out while prompts are answered, and screened. Each way is
-measured in a process of its own and in turn. `--way` measures one, as a JSON line of milliseconds.
+bf16); a block's seven matrices as they are and as they are laid out while prompts are answered; and
+the head, laid out whole and screened. Each way is measured in a process of its own and in turn.
+`--way` measures one, as a JSON line of milliseconds.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,11 +26,21 @@ from tests.benchmarks import interleaved
 from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name
 
-TORCH, OURS, WHOLE, SCREENED = "torch", "in fp32", "whole head", "screened head"
+TORCH, OURS = "torch", "in fp32"
+PLAIN, LAID_OUT = "a block", "a block laid out"
+WHOLE, SCREENED = "whole head", "screened head"
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {TORCH: F.linear, OURS: product_in_fp32}
-WAYS = {"products": (TORCH, OURS), "head": (WHOLE, SCREENED)}
-ROWS = {"products": (1, 4, 8, 32, 128, 512), "head": (1, 2, 4, 8, 16)}
-TOKENS, WIDTH = 128_256, 2048
+WAYS = {"products": (TORCH, OURS), "block": (PLAIN, LAID_OUT), "head": (WHOLE, SCREENED)}
+ROWS = {
+    "products": (1, 4, 8, 32, 128, 512),
+    "block": (1, 2, 4, 8, 16, 32, 128, 512),
+    "head": (1, 2, 4, 8),
+}
+ONCE = {"block": ["laying out", "giving back"], "head": ["laying out"]}  # for any number of rows
+TOKENS, WIDTH, INNER = 128_256, 2048, 8192
+# Inputs and outputs of q, k, v, o, gate, up and down.
+BLOCK = [(WIDTH, WIDTH), (WIDTH, 512), (WIDTH, 512), (WIDTH, WIDTH)]
+BLOCK += [(WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)]
 REPEATS = 3  # of which the best counts
 
 
@@ -59,22 +70,46 @@ def of_a_matrix(way: str) -> dict[str, float]:
     return found
 
 
-@torch.inference_mode()
+def _bf16(inputs: int, outputs: int) -> Linear:
+    return Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def of_a_block(way: str) -> dict[str, float]:
+    """Time a block's products at each number of rows, and laying them out."""
+    network, found = torch.nn.Sequential(*(_bf16(*sizes) for sizes in BLOCK)), {}
+    for rows in ROWS["block"]:
+        inputs = [torch.randn(rows, width, dtype=torch.bfloat16) for width, _ in BLOCK]
+        start = time.perf_counter()
+        with prepacked(network, rows) if way == LAID_OUT else nullcontext():
+            found["laying out"] = round(1e3 * (time.perf_counter() - start), 3)
+            found[f"forward {rows}"] = milliseconds(
+                lambda inputs=inputs: [linear(x) for linear, x in zip(network, inputs, strict=True)]
+            )
+            start = time.perf_counter()
+        found["giving back"] = round(1e3 * (time.perf_counter() - start), 3)
+    return found
+
+
+@torch.no_grad()
 def of_a_head(way: str) -> dict[str, float]:
     """Time the likeliest tokens of each number of rows, and laying the head out for them."""
-    network = torch.nn.Sequential(Linear(WIDTH, TOKENS, bias=False, dtype=torch.bfloat16))
+    network, found = torch.nn.Sequential(_bf16(WIDTH, TOKENS)), {}
     start = time.perf_counter()
     with ExitStack() as stack:
         if way == SCREENED:
             head: torch.nn.Module = ScreenedHead(network[0].weight)
         else:
-            stack.enter_context(prepacked(network))
+            stack.enter_context(prepacked(network, max(ROWS["head"])))
             head = network[0]
-        found = {"layout 0": round(1e3 * (time.perf_counter() - start), 3)}
+        found = {"laying out": round(1e3 * (time.perf_counter() - start), 3)}
         for rows in ROWS["head"]:
             x = torch.randn(rows, WIDTH, dtype=torch.bfloat16)
             found[f"forward {rows}"] = milliseconds(lambda x=x: head(x).max(-1).indices)
     return found
+
+
+MEASURES = {"products": of_a_matrix, "block": of_a_block, "head": of_a_head}
 
 
 def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
@@ -92,20 +127,18 @@ def table(runs: Runs) -> list[str]:
     for group, lines in runs.items():
         passes = ("forward", "backward") if group == "products" else ("forward",)
         names = [f"{pass_} {number}" for number in ROWS[group] for pass_ in passes]
-        names += ["layout 0"] if group == "head" else []
+        names += ONCE.get(group, [])
         figures = interleaved.medians(lines, names)
         for name in names:
             theirs, mine = (figures.get(way, {}).get(name) for way in WAYS[group])
-            pass_, number = name.split()
-            laid_out = pass_ == "layout"  # once, before any row
-            gain = interleaved.ratio(theirs, mine) if theirs and mine and not laid_out else None
-            number = "" if laid_out else number
+            pass_, number = (name, None) if name in ONCE.get(group, []) else name.split()
+            gain = interleaved.ratio(theirs, mine) if theirs and mine and number else None
             rows.append([" / ".join(WAYS[group]), number, pass_, theirs, mine, gain])
     head = ["plain / ours", "rows", "pass", "plain, ms", "ours, ms", "gain"]
     return interleaved.markdown(head, rows)
 
 
-TITLE = "bf16 products on a CPU: a matrix of 2,048 by 2,048, and a head of 128,256 tokens"
+TITLE = "bf16 products on a CPU: a matrix of 2,048 by 2,048, a block, and a head of 128,256 tokens"
 PART = Part("products", TITLE, groups, table, shaped=False, on_gpu=False, reads=False)
 
 
@@ -114,13 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.products", description=__doc__
     )
-    parser.add_argument("--way", choices=[*PRODUCTS, WHOLE, SCREENED], required=True)
+    measures = {way: MEASURES[group] for group, ways in WAYS.items() for way in ways}
+    parser.add_argument("--way", choices=list(measures), required=True)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     told = {"machine": machine_name("cpu"), "torch": torch.__version__, "has_bf16": CPU_HAS_BF16}
-    measured = of_a_matrix(args.way) if args.way in PRODUCTS else of_a_head(args.way)
-    print(json.dumps({"way": args.way, **told, **measured}), flush=True)
+    print(json.dumps({"way": args.way, **told, **measures[args.way](args.way)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -342,7 +342,7 @@ def test_ways_of_a_product_are_compared() -> None:
         return {"name": way, "forward 8": forward, "backward 8": 2 * forward}
 
     heads = [
-        {"name": way, "forward 2": forward, "layout 0": layout}
+        {"name": way, "forward 2": forward, "laying out": layout}
         for way, forward, layout in ((products.WHOLE, 9, 10), (products.SCREENED, 6, 40))
     ]
     lines = [one(products.TORCH, 6), one(products.OURS, 2)]
@@ -352,15 +352,18 @@ def test_ways_of_a_product_are_compared() -> None:
     assert found["torch / in fp32", "8", "backward"] == ["12", "4", "3.00"]
     assert found["torch / in fp32", "1", "forward"] == ["", "", ""]
     assert found["whole head / screened head", "2", "forward"] == ["9", "6", "1.50"]
-    assert found["whole head / screened head", "", "layout"] == ["10", "40", ""]
+    assert found["whole head / screened head", "", "laying out"] == ["10", "40", ""]
 
 
-@pytest.mark.parametrize("way", [products.WHOLE, products.SCREENED])
-def test_a_head_is_measured(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [*products.WAYS["block"], *products.WAYS["head"]])
+def test_what_is_laid_out_is_measured(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "TOKENS", 512)
     monkeypatch.setattr(products, "WIDTH", 64)
-    found = products.of_a_head(way)
-    assert list(found) == ["layout 0", *(f"forward {rows}" for rows in products.ROWS["head"])]
+    monkeypatch.setattr(products, "BLOCK", [(64, 64), (64, 128), (128, 64)])
+    group = "block" if way in products.WAYS["block"] else "head"
+    found = products.MEASURES[group](way)
+    rows = [f"forward {number}" for number in products.ROWS[group]]
+    assert sorted(found) == sorted([*rows, *products.ONCE[group]])
     assert all(figure > 0 for figure in found.values())
 
 
