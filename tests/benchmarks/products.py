@@ -41,17 +41,18 @@ TOKENS, WIDTH, INNER = 128_256, 2048, 8192
 # Inputs and outputs of q, k, v, o, gate, up and down.
 BLOCK = [(WIDTH, WIDTH), (WIDTH, 512), (WIDTH, 512), (WIDTH, WIDTH)]
 BLOCK += [(WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)]
-REPEATS = 3  # of which the best counts
+REPEATS, SECONDS = 3, 0.3  # a call is repeated so often and so long; the best time counts
 
 
 def milliseconds(call: Callable[[], object]) -> float:
     """Time a call after one more."""
-    times = []
-    for _ in range(1 + REPEATS):
+    call()
+    times: list[float] = []
+    while len(times) < REPEATS or sum(times) < SECONDS:
         start = time.perf_counter()
         call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return round(min(times[1:]), 3)
+        times.append(time.perf_counter() - start)
+    return round(1e3 * min(times), 3)
 
 
 def of_a_matrix(way: str) -> dict[str, float]:
