@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 OUTPUTS = 2048  # in a part: with fewer products take longer, with more packing does
-THREADS = 4  # at most: FBGEMM packs in one, and each of ours holds a part in fp32
+THREADS = 4  # at most: FBGEMM packs in one, and each of ours takes room for some parts
 MAX_CODE = 127  # of a weight in int8
 MAX_EXPONENT = 100  # of a scale, so that neither it nor what it scales leaves fp32
 # FBGEMM adds 64 to an input; where it has no better instructions, it adds two products in 16 bits.
@@ -29,11 +30,16 @@ def is_there() -> bool:
     return torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
-def in_threads(act: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
-    """Call with each of the arguments, as `map`, in as many threads as pay."""
-    pool = ThreadPoolExecutor(min(torch.get_num_threads(), THREADS))
+def num_threads() -> int:
+    """Return how many threads pay."""
+    return min(torch.get_num_threads(), THREADS)
+
+
+def in_threads(act: Callable[[U], T], arguments: Iterable[U]) -> list[T]:
+    """Call with each of the arguments, in their order, in as many threads."""
+    pool = ThreadPoolExecutor(num_threads())
     try:
-        return list(pool.map(act, *arguments))
+        return list(pool.map(act, arguments))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -41,6 +47,11 @@ def in_threads(act: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
 def split(*tensors: Tensor, dim: int = 0) -> list[tuple[Tensor, ...]]:
     """Return the parts of each."""
     return [torch.split(tensor, OUTPUTS, dim) for tensor in tensors]
+
+
+def _largest(weight: Tensor) -> Tensor:
+    """Return the largest size (O, 1) of an output's weights (O, I), in fp32."""
+    return torch.maximum(-weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)).float()
 
 
 class FP16Matrix:
@@ -59,23 +70,23 @@ class FP16Matrix:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        largest_O1 = weight.abs().amax(1, keepdim=True).float()
+        largest_O1 = _largest(weight)
         exponents_O1 = torch.frexp(largest_O1).exponent - 15
         if not bool(largest_O1.isfinite().all() and exponents_O1.abs().amax() <= MAX_EXPONENT):
             raise ValueError("fp16 cannot hold the weights")
         self.scales_O1 = ((exponents_O1 + 127) << 23).view(torch.float32)  # 2 to their power
-        self.parts = [
-            self._pack(*part) for part in zip(*split(weight, self.scales_O1), strict=True)
-        ]
-
-    @staticmethod
-    def _pack(weight: Tensor, scales: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """Return some outputs' weights packed, and where some lose bits, with these as they are."""
-        scaled = weight.float().div_(scales)
-        halves = scaled.half().float()
-        where = (halves != scaled).nonzero()
-        packed = torch.ops.quantized.linear_prepack_fp16(halves, None)
-        return packed, where, weight[tuple(where.T)]
+        # Packed, and where which numbers lose bits.
+        self.parts: list[tuple[Any, tuple[Tensor, ...], Tensor]] = []
+        room, halves, wide_halves = (
+            torch.empty(min(OUTPUTS, len(weight)), weight.shape[1], dtype=dtype)
+            for dtype in (torch.float32, torch.float16, torch.float32)
+        )
+        for part, scales in zip(*split(weight, self.scales_O1), strict=True):
+            scaled = room[: len(part)].copy_(part).div_(scales)
+            kept = wide_halves[: len(part)].copy_(halves[: len(part)].copy_(scaled))
+            where = tuple((kept != scaled).nonzero().T)
+            packed = torch.ops.quantized.linear_prepack_fp16(kept, None)
+            self.parts.append((packed, where, part[where]))
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply (..., I) in bf16 into (..., O) in bf16, with sums in fp32."""
@@ -88,12 +99,14 @@ class FP16Matrix:
 
     def unpacked(self) -> Tensor:
         """Return the weight."""
-        weights = []
-        for (packed, where, lost), scales in zip(self.parts, *split(self.scales_O1), strict=True):
-            halves, _ = torch.ops.quantized.linear_unpack_fp16(packed)
-            weights.append(halves.mul_(scales).to(torch.bfloat16))
-            weights[-1][tuple(where.T)] = lost
-        return torch.cat(weights)
+        inputs = torch.ops.quantized.linear_unpack_fp16(self.parts[0][0])[0].shape[1]
+        weight = torch.empty(len(self.scales_O1), inputs, dtype=torch.bfloat16)
+        for (packed, where, lost), scales, part in zip(
+            self.parts, *split(self.scales_O1, weight), strict=True
+        ):
+            part.copy_(torch.ops.quantized.linear_unpack_fp16(packed)[0].mul_(scales))
+            part[where] = lost
+        return weight
 
 
 class Int8Matrix:
@@ -112,18 +125,25 @@ class Int8Matrix:
     def __init__(self, weight: Tensor) -> None:
         with warnings.catch_warnings():  # torch 2.13 means to give quantized tensors up
             warnings.filterwarnings("ignore", ".*quantized tensor creation", UserWarning)
-            parts = in_threads(self._pack, *split(weight))
-        self.parts = [packed for packed, _ in parts]
-        self.scales_O = torch.cat([scales for _, scales in parts])
+            pieces = in_threads(self._pack, weight.chunk(num_threads()))
+        self.parts = [part for parts, _ in pieces for part in parts]
+        self.scales_O = torch.cat([scales for _, scales in pieces])
 
     @staticmethod
-    def _pack(weight: Tensor) -> tuple[Any, Tensor]:
-        """Return some outputs' codes packed, and their scales."""
-        wide = weight.to(torch.bfloat16).float()
-        scales = (wide.abs().amax(1) / MAX_CODE).clamp_min_(torch.finfo(wide.dtype).tiny)
-        codes = wide.div_(scales[:, None]).round_().to(torch.int8)
-        quantized = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
-        return torch.ops.quantized.linear_prepack(quantized, None), scales
+    def _pack(weight: Tensor) -> tuple[list[Any], Tensor]:
+        """Return the codes of some outputs, packed in parts, and their scales."""
+        packed: list[Any] = []
+        all_scales: list[Tensor] = []
+        room = torch.empty(min(OUTPUTS, len(weight)), weight.shape[1])
+        code_room = torch.empty_like(room, dtype=torch.int8)
+        for (part,) in zip(*split(weight), strict=True):
+            wide = room[: len(part)].copy_(part.to(torch.bfloat16))
+            scales_O1 = (_largest(wide) / MAX_CODE).clamp_min_(torch.finfo(wide.dtype).tiny)
+            codes = code_room[: len(part)].copy_(wide.div_(scales_O1).round_())
+            quantized = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
+            packed.append(torch.ops.quantized.linear_prepack(quantized, None))
+            all_scales.append(scales_O1.squeeze(1))
+        return packed, torch.cat(all_scales)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply (M, I) whole numbers in fp32, to 63, by the codes into (M, O), exactly."""

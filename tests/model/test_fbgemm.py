@@ -60,7 +60,7 @@ def test_numbers_that_fp16_rounds_come_back_and_do_not_show_in_a_product() -> No
     weight[:, 1:] *= 2.0 ** exponents[:, 1:]
     weight[3], weight[4, 5] = 0.0, -0.0
     matrix, x = FP16Matrix(weight), torch.randn(9, 64).bfloat16()
-    lost = sum(len(where) for _, where, _ in matrix.parts)
+    lost = sum(len(lost) for _, _, lost in matrix.parts)
     print(f"{lost} of {weight.numel()} weights are kept beside")
     assert lost > weight.numel() / 4
     assert torch.equal(_bits(matrix.unpacked()), _bits(weight))
