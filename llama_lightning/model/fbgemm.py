@@ -1,14 +1,16 @@
-"""Matrices packed for FBGEMM, the library of torch whose products read less than bf16 gives them.
+"""Matrices packed for FBGEMM, a library in torch whose products wait less for memory than others.
 
-It is there on x86-64 and multiplies inputs in fp32 by a matrix in fp16, which processors widen as
-they load it, and small whole numbers by a matrix in int8, four at once. A matrix is packed in parts
-of some outputs, which stay in the cache meanwhile.
+On x86-64 it multiplies fp32 by a matrix in fp16, which processors widen as they load it, and small
+whole numbers by a matrix in int8, of which they add four products at once. A matrix is packed in
+parts of some outputs, as packing jumps from output to output, and they should stay in the cache.
 Letters: M rows, I inputs, O outputs.
 """
 
+import ctypes
+import sys
 import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +19,17 @@ from torch import Tensor
 T = TypeVar("T")
 U = TypeVar("U")
 
-OUTPUTS = 2048  # in a part: with fewer products take longer, with more packing does
-THREADS = 4  # at most: FBGEMM packs in one, and each of ours takes room for some parts
+PART = 2**22  # numbers: with fewer products take longer, with more packing does
+THREADS = 4  # at most: packing takes one, and each of ours has room for some parts
+# Of fp16's scales: so that neither they leave fp32's normal numbers, nor any weight fp32.
+LEAST_EXPONENT, MOST_EXPONENT = -100, 16
 MAX_CODE = 127  # of a weight in int8
-MAX_EXPONENT = 100  # of a scale, so that neither it nor what it scales leaves fp32
 # FBGEMM adds 64 to an input; where it has no better instructions, it adds two products in 16 bits.
 ZERO, MAX_INPUT = 64, 63
+
+
+class FP16RangeError(ValueError):
+    """A weight is not finite, or an output's are as large or small as no network's are."""
 
 
 def is_there() -> bool:
@@ -30,23 +37,37 @@ def is_there() -> bool:
     return torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
-def num_threads() -> int:
-    """Return how many threads pay."""
-    return min(torch.get_num_threads(), THREADS)
+def in_threads(act: Callable[[U], T], arguments: Iterable[U]) -> Iterator[T]:
+    """Yield what an act returns for each argument, as they end; acts run in several threads.
 
-
-def in_threads(act: Callable[[U], T], arguments: Iterable[U]) -> list[T]:
-    """Call with each of the arguments, in their order, in as many threads."""
-    pool = ThreadPoolExecutor(num_threads())
+    An act that has not begun when nobody waits any more does not begin.
+    """
+    pool = ThreadPoolExecutor(min(torch.get_num_threads(), THREADS))
     try:
-        return list(pool.map(act, arguments))
+        for ended in as_completed([pool.submit(act, argument) for argument in arguments]):
+            yield ended.result()
+            _trim()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def split(*tensors: Tensor, dim: int = 0) -> list[tuple[Tensor, ...]]:
-    """Return the parts of each."""
-    return [torch.split(tensor, OUTPUTS, dim) for tensor in tensors]
+def _trim() -> None:
+    """Give the system what threads have freed, which glibc keeps for each of them.
+
+    Packing the 1B shape with 4 layers takes 1.9 instead of 3.4 GiB at most so.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _num_outputs(inputs: int) -> int:
+    """Return of how many outputs a part is."""
+    return max(PART // inputs // 64, 1) * 64
+
+
+def _split(outputs: int, *tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the parts of all tensors, side by side."""
+    return zip(*(torch.split(tensor, outputs, dim) for tensor in tensors), strict=True)
 
 
 def _largest(weight: Tensor) -> Tensor:
@@ -58,51 +79,53 @@ class FP16Matrix:
     """A matrix of bf16 numbers in fp16, which keeps each bit of them.
 
     An output's weights are scaled by the power of two that brings the largest of them near fp16's
-    largest number. What is 2^31 times smaller loses bits, less than fp32's sums do by far, and is
-    kept beside as well.
+    largest number. What is 2^31 times smaller loses bits, and is kept beside as well: a product
+    misses at most 2^-39 of the output's largest weight times the sum of |x|.
 
     Args:
         weight: (O, I) in bf16 on the CPU.
 
     Raises:
-        ValueError: a weight is not finite, or all of an output's are as large or small as no
-            network's are.
+        FP16RangeError: this cannot be done.
     """
 
     def __init__(self, weight: Tensor) -> None:
+        self.shape, self.num_outputs = weight.shape, _num_outputs(weight.shape[1])
         largest_O1 = _largest(weight)
         exponents_O1 = torch.frexp(largest_O1).exponent - 15
-        if not bool(largest_O1.isfinite().all() and exponents_O1.abs().amax() <= MAX_EXPONENT):
-            raise ValueError("fp16 cannot hold the weights")
+        low, high = exponents_O1.aminmax()
+        if not largest_O1.isfinite().all() or low < LEAST_EXPONENT or high > MOST_EXPONENT:
+            raise FP16RangeError
         self.scales_O1 = ((exponents_O1 + 127) << 23).view(torch.float32)  # 2 to their power
         # Packed, and where which numbers lose bits.
         self.parts: list[tuple[Any, tuple[Tensor, ...], Tensor]] = []
-        room, halves, wide_halves = (
-            torch.empty(min(OUTPUTS, len(weight)), weight.shape[1], dtype=dtype)
+        scaled_room, half_room, kept_room = (
+            torch.empty(min(self.num_outputs, self.shape[0]), self.shape[1], dtype=dtype)
             for dtype in (torch.float32, torch.float16, torch.float32)
         )
-        for part, scales in zip(*split(weight, self.scales_O1), strict=True):
-            scaled = room[: len(part)].copy_(part).div_(scales)
-            kept = wide_halves[: len(part)].copy_(halves[: len(part)].copy_(scaled))
+        for part, scales in _split(self.num_outputs, weight, self.scales_O1):
+            scaled = scaled_room[: len(part)].copy_(part).div_(scales)
+            kept = kept_room[: len(part)].copy_(half_room[: len(part)].copy_(scaled))
             where = tuple((kept != scaled).nonzero().T)
             packed = torch.ops.quantized.linear_prepack_fp16(kept, None)
             self.parts.append((packed, where, part[where]))
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply (..., I) in bf16 into (..., O) in bf16, with sums in fp32."""
-        out = x.new_empty(*x.shape[:-1], len(self.scales_O1))
-        wide_x = x.float()
-        parts = zip(self.parts, *split(self.scales_O1.squeeze(1), out, dim=-1), strict=True)
-        for (packed, *_), scales, sums in parts:
-            torch.mul(torch.ops.quantized.linear_dynamic_fp16(wide_x, packed), scales, out=sums)
-        return out
+        x_MI = x.reshape(-1, self.shape[1]).float()
+        out_MO = x.new_empty(len(x_MI), self.shape[0])
+        scales_1O = self.scales_O1.T
+        for (packed, *_), (scales, out) in zip(
+            self.parts, _split(self.num_outputs, scales_1O, out_MO, dim=1), strict=True
+        ):
+            torch.mul(torch.ops.quantized.linear_dynamic_fp16(x_MI, packed), scales, out=out)
+        return out_MO.view(*x.shape[:-1], self.shape[0])
 
     def unpacked(self) -> Tensor:
         """Return the weight."""
-        inputs = torch.ops.quantized.linear_unpack_fp16(self.parts[0][0])[0].shape[1]
-        weight = torch.empty(len(self.scales_O1), inputs, dtype=torch.bfloat16)
-        for (packed, where, lost), scales, part in zip(
-            self.parts, *split(self.scales_O1, weight), strict=True
+        weight = torch.empty(self.shape, dtype=torch.bfloat16)
+        for (packed, where, lost), (scales, part) in zip(
+            self.parts, _split(self.num_outputs, self.scales_O1, weight), strict=True
         ):
             part.copy_(torch.ops.quantized.linear_unpack_fp16(packed)[0].mul_(scales))
             part[where] = lost
@@ -115,7 +138,7 @@ class Int8Matrix:
     Source: LLM.int8() (arXiv 2208.07339).
 
     Args:
-        weight: (O, I) on the CPU.
+        weight: (O, I) on the CPU; seen in bf16.
 
     Attributes:
         scales_O: by which codes are to be multiplied; those of an output that is not all finite
@@ -123,29 +146,25 @@ class Int8Matrix:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        with warnings.catch_warnings():  # torch 2.13 means to give quantized tensors up
-            warnings.filterwarnings("ignore", ".*quantized tensor creation", UserWarning)
-            pieces = in_threads(self._pack, weight.chunk(num_threads()))
-        self.parts = [part for parts, _ in pieces for part in parts]
-        self.scales_O = torch.cat([scales for _, scales in pieces])
-
-    @staticmethod
-    def _pack(weight: Tensor) -> tuple[list[Any], Tensor]:
-        """Return the codes of some outputs, packed in parts, and their scales."""
-        packed: list[Any] = []
-        all_scales: list[Tensor] = []
-        room = torch.empty(min(OUTPUTS, len(weight)), weight.shape[1])
-        code_room = torch.empty_like(room, dtype=torch.int8)
-        for (part,) in zip(*split(weight), strict=True):
-            wide = room[: len(part)].copy_(part.to(torch.bfloat16))
+        num_outputs, scales = _num_outputs(weight.shape[1]), []
+        self.parts: list[Any] = []
+        wide_room = torch.empty(min(num_outputs, len(weight)), weight.shape[1])
+        code_room = torch.empty_like(wide_room, dtype=torch.int8)
+        for part in torch.split(weight, num_outputs):
+            wide = wide_room[: len(part)].copy_(part.to(torch.bfloat16))
             scales_O1 = (_largest(wide) / MAX_CODE).clamp_min_(torch.finfo(wide.dtype).tiny)
             codes = code_room[: len(part)].copy_(wide.div_(scales_O1).round_())
-            quantized = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
-            packed.append(torch.ops.quantized.linear_prepack(quantized, None))
-            all_scales.append(scales_O1.squeeze(1))
-        return packed, torch.cat(all_scales)
+            with warnings.catch_warnings():  # torch 2.13 means to give quantized tensors up
+                warnings.filterwarnings("ignore", ".*quantized tensor creation", UserWarning)
+                quantized = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
+            self.parts.append(torch.ops.quantized.linear_prepack(quantized, None))
+            scales.append(scales_O1.squeeze(1))
+        self.scales_O = torch.cat(scales)
 
     def product(self, x: Tensor) -> Tensor:
-        """Multiply (M, I) whole numbers in fp32, to 63, by the codes into (M, O), exactly."""
+        """Multiply (M, I) whole numbers in fp32, to 63, by the codes into (M, O).
+
+        Sums are exact, and rounded once, to fp32.
+        """
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         return torch.cat([product(x, 1.0, ZERO, part) for part in self.parts], -1)

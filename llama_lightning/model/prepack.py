@@ -9,7 +9,8 @@ Without them, FBGEMM multiplies by a matrix in fp16, where a bf16 weight times a
 same. FIGURES
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,9 +29,6 @@ class PrepackedLinear(nn.Module):
 
     Args:
         linear: on the CPU.
-
-    Raises:
-        ValueError: that layout has no place for the weight.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -64,7 +62,11 @@ class OneDNNLinear(PrepackedLinear):
 
 
 class FP16Linear(PrepackedLinear):
-    """One whose weight is in fp16 and FBGEMM's layout."""
+    """One whose weight is in fp16 and FBGEMM's layout.
+
+    Raises:
+        FP16RangeError: fp16 has no place for the weight.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -94,53 +96,53 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
     """Prepack the model's linear layers for so many rows, and unpack them at the end.
 
     Nothing changes where that cannot be or gains nothing. A bf16 weight is given up for its packed
-    form and comes back from it bit for bit, so that there are never two copies; but for a head tied
-    to the embedding, which is needed as it was.
+    form and comes back from it bit for bit, so that there are never two copies of all; but for one
+    that something else has too, such as a head tied to the embedding.
     """
     layout = _layout(rows)
-    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if layout is None:
+        yield
+        return
+    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     linears = {
         name: module
         for name, module in model.named_modules()
-        if layout is not None
-        and type(module) is Linear
+        if type(module) is Linear
         and "lora_" not in name  # small, and LoRALinear reads their type
         and module.weight.device.type == "cpu"
         and module.computes_in_bf16(module.weight.dtype)
     }
+    layers: dict[str, PrepackedLinear] = {}
 
-    def pack(name: str) -> None:
-        assert layout is not None
-        linear = linears[name]
+    def pack(name: str) -> tuple[str, PrepackedLinear | None]:
         try:
-            _replace(model, name, layout(linear))
-        except ValueError:
-            return  # and stays as it is
-        if linear.weight.dtype == torch.bfloat16 and id(linear.weight) not in tied:
-            linear.weight.data = linear.weight.data.new_empty(0)
+            return name, layout(linears[name])
+        except fbgemm.FP16RangeError:
+            return name, None  # it stays as it is
 
-    def unpack(name: str) -> None:
-        linear, layer = linears[name], model.get_submodule(name)
-        with torch.inference_mode(False):  # a weight that comes back within it could not be trained
-            if isinstance(layer, PrepackedLinear) and not linear.weight.nbytes:
-                linear.weight.data = layer.unpacked()
-        _replace(model, name, linear)  # and the packed form goes
+    def unpack(name: str) -> tuple[str, Tensor | None]:
+        layer = layers.pop(name, None)  # which goes as soon as it is replaced
+        return name, None if layer is None or linears[name].weight.nbytes else layer.unpacked()
 
+    # Threads make tensors only, and what is abandoned changes no model.
+    in_turn = map if CPU_HAS_BF16 else fbgemm.in_threads
+    largest_first = sorted(linears, key=lambda name: -linears[name].weight.numel())
     try:
-        _each(pack, linears)
+        for name, layer in in_turn(pack, largest_first):
+            if layer is None:
+                continue
+            layers[name] = layer
+            _replace(model, name, layer)
+            weight = linears[name].weight
+            if weight.dtype == torch.bfloat16 and owners[id(weight)] == 1:
+                weight.data = weight.data.new_empty(0)
         yield
     finally:
-        _each(unpack, linears)
-
-
-def _each(act: Callable[[str], None], linears: dict[str, Linear]) -> None:
-    """Act on the linear layers; in threads, the largest first, where the library uses only one."""
-    if CPU_HAS_BF16:
-        for name in linears:
-            act(name)
-    else:
-        sizes = {name: layer.in_features * layer.out_features for name, layer in linears.items()}
-        fbgemm.in_threads(act, sorted(sizes, key=sizes.__getitem__, reverse=True))
+        with torch.inference_mode(False):  # a weight that comes back within it could not be trained
+            for name, restored in in_turn(unpack, largest_first):
+                if restored is not None:
+                    linears[name].weight.data = restored
+                _replace(model, name, linears[name])
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -71,6 +71,10 @@ def of_a_matrix(way: str) -> dict[str, float]:
     return found
 
 
+def _since(start: float) -> float:
+    return round(1e3 * (time.perf_counter() - start), 6)
+
+
 def _bf16(inputs: int, outputs: int) -> Linear:
     return Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
 
@@ -83,12 +87,12 @@ def of_a_block(way: str) -> dict[str, float]:
         inputs = [torch.randn(rows, width, dtype=torch.bfloat16) for width, _ in BLOCK]
         start = time.perf_counter()
         with prepacked(network, rows) if way == LAID_OUT else nullcontext():
-            found["laying out"] = round(1e3 * (time.perf_counter() - start), 3)
+            found["laying out"] = _since(start)
             found[f"forward {rows}"] = milliseconds(
                 lambda inputs=inputs: [linear(x) for linear, x in zip(network, inputs, strict=True)]
             )
             start = time.perf_counter()
-        found["giving back"] = round(1e3 * (time.perf_counter() - start), 3)
+        found["giving back"] = _since(start)
     return found
 
 
@@ -103,7 +107,7 @@ def of_a_head(way: str) -> dict[str, float]:
         else:
             stack.enter_context(prepacked(network, max(ROWS["head"])))
             head = network[0]
-        found = {"laying out": round(1e3 * (time.perf_counter() - start), 3)}
+        found = {"laying out": _since(start)}
         for rows in ROWS["head"]:
             x = torch.randn(rows, WIDTH, dtype=torch.bfloat16)
             found[f"forward {rows}"] = milliseconds(lambda x=x: head(x).max(-1).indices)

@@ -1,5 +1,7 @@
 """Prepacked weights give the numbers they gave, and come back as they were."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -30,7 +32,8 @@ ROWS = 8
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The layout that is taken: of a CPU with instructions for bf16, and of one without."""
     monkeypatch.setattr(prepack, "CPU_HAS_BF16", request.param == "oneDNN")
-    monkeypatch.setattr(fbgemm, "OUTPUTS", 128)
+    monkeypatch.setattr(fbgemm, "PART", 2**14)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     return str(request.param)
 
 
@@ -99,6 +102,42 @@ def test_there_are_never_two_copies_and_training_goes_on(layout: str) -> None:
     with pytest.raises(KeyboardInterrupt), prepacked(model, ROWS):
         raise KeyboardInterrupt
     assert torch.equal(weight, before)
+
+
+def test_whatever_happens_while_packing_the_weights_come_back(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(*(Linear(64, 64, bias=False) for _ in range(9))).bfloat16()
+    modules, before = list(model), [linear.weight.detach().clone() for linear in model]
+    replace, num = prepack._replace, 0
+
+    def interrupted(*args: Any) -> None:
+        nonlocal num
+        num += 1
+        if num == 4:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(prepack, "_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), prepacked(model, ROWS):
+        pass
+    assert num > 4
+    assert list(model) == modules
+    for linear, weight in zip(modules, before, strict=True):
+        assert torch.equal(linear.weight, weight)
+
+
+def test_a_weight_that_something_else_has_too_is_not_given_up(layout: str) -> None:
+    one, two = Linear(64, 64), Linear(64, 64)
+    two.weight = one.weight
+    model = nn.Sequential(one, two, one).bfloat16()
+    x = torch.randn(ROWS, 64).bfloat16()
+    with torch.inference_mode():
+        plain = model(x)
+        with prepacked(model, ROWS):
+            torch.testing.assert_close(model(x), plain)
+            assert one.weight.nbytes
+    assert list(model) == [one, two, one]
 
 
 def test_autocast_weights_are_packed_as_it_would_cast_them(layout: str) -> None:

@@ -15,6 +15,7 @@ from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.model.screened_head import (
     CODE_ERROR,
     INPUT_ERROR,
+    LOGIT_ERROR,
     MAX_ROWS,
     ScreenedHead,
     screened,
@@ -157,9 +158,9 @@ def _inputs_rounded() -> tuple[Tensor, Tensor]:
 
 
 def _rounded_to_one() -> tuple[Tensor, Tensor]:
-    """Two logits that differ, and by codes by more, but not in bf16, which takes the first."""
-    weight = torch.tensor([[86.5], [85.5]]).repeat(1, 1024)
-    weight[1, 1:561] = 87.5
+    """Logits 65,800.5 and 66,289.5, by codes 65,289 and 66,801: in bf16 one, and the first wins."""
+    weight = torch.tensor([[62.5], [63.5]]).repeat(1, 1024)
+    weight[0, 1:869], weight[1, 1:602] = 64.5, 65.5
     weight[:, 0] = MAX_CODE
     return torch.ones(1, 1024), weight
 
@@ -169,7 +170,7 @@ def _rounded_to_one() -> tuple[Tensor, Tensor]:
     [
         (_rounded_against, "CODE_ERROR", 0.85 * CODE_ERROR),
         (_inputs_rounded, "INPUT_ERROR", 0.9 * INPUT_ERROR),
-        (_rounded_to_one, "LOGIT_ERROR", 0.0),
+        (_rounded_to_one, "LOGIT_ERROR", LOGIT_ERROR / 4),
     ],
 )
 def test_without_the_whole_bound_another_token_wins(
