@@ -102,3 +102,4 @@ def screened(model: Llama, rows: int) -> Iterator[None]:
         yield
     finally:
         model.register_module("lm_head", head)
+        fbgemm.give_back_memory()
