@@ -6,7 +6,8 @@ step of the 1B shape with 4 layers takes 92 instead of 120 ms of CPU time at 1 r
 204 ms at 8; packing and unpacking cost as much as some 10 steps of one row (2 cores of an Intel
 Xeon).
 Without them, FBGEMM multiplies by a matrix in fp16, where a bf16 weight times a power of two is the
-same. FIGURES
+same. A block's products of the 1B shape take 7.8 instead of 13 ms at 2 rows, 14 instead of 57 at 8
+and 39 instead of 65 at 32; packing it takes 0.7 s and unpacking 0.5 (2 cores of an AMD EPYC).
 """
 
 from collections import Counter
