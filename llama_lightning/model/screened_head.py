@@ -101,5 +101,6 @@ def screened(model: Llama, rows: int) -> Iterator[None]:
             model.register_module("lm_head", ScreenedHead(head.weight))
         yield
     finally:
-        model.register_module("lm_head", head)
-        fbgemm.give_back_memory()
+        if model.lm_head is not head:
+            model.register_module("lm_head", head)
+            fbgemm.give_back_memory()
