@@ -54,7 +54,8 @@ def in_threads(act: Callable[[U], T], arguments: Iterable[U]) -> Iterator[T]:
 def give_back_memory() -> None:
     """Give the system what has been freed, which glibc keeps, for each thread, between what is not.
 
-    Packing the 1B shape with 4 layers takes 1.9 instead of 3.4 GiB at most so.
+    So the 1B shape with 4 layers takes 1.9 instead of 3.4 GiB at most while it is packed, and 1.6
+    instead of 2.6 while its head's codes are made.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -159,6 +160,7 @@ class Int8Matrix:
                 quantized = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
             self.parts.append(torch.ops.quantized.linear_prepack(quantized, None))
             scales.append(scales_O1.squeeze(1))
+            give_back_memory()
         self.scales_O = torch.cat(scales)
 
     def product(self, x: Tensor) -> Tensor:
