@@ -261,6 +261,12 @@ def test_only_a_plain_head_that_multiplies_in_bf16_is_screened(
         assert type(wide.lm_head) is Linear
     with torch.autocast("cpu", torch.bfloat16), screened(wide, 1):
         assert isinstance(wide.lm_head, ScreenedHead)
+    odd = small_llama(small_config(hidden_size=201)).bfloat16()
+    x = torch.randint(-8, 9, (3, 201)).bfloat16()
+    whole = _logits(x, odd.lm_head.weight).max(-1).indices
+    with screened(odd, 1):
+        assert isinstance(odd.lm_head, ScreenedHead)
+        assert torch.equal(odd.lm_head(x).max(-1).indices, whole)
     untied = small_llama(small_config(tie_word_embeddings=False)).bfloat16()
     inject_lora(untied, LoRAConfig(rank=4, target_modules=["lm_head"]), dtype=torch.float32)
     with screened(untied, 1):
