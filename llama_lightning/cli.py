@@ -99,12 +99,15 @@ def _run(arguments: list[str]) -> None:
     import textwrap
     from pathlib import Path
 
+    # First, as torch and Lightning are imported faster through the package's own names.
+    from llama_lightning import AlpacaDataModule, LlamaModule, Trainer
+
+    # isort: split
     import lightning.pytorch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from torch import distributed
 
-    from llama_lightning.data.alpaca import AlpacaDataModule
     from llama_lightning.errors import UsageError
     from llama_lightning.evaluation.callbacks import (
         JudgeCallback,
@@ -117,9 +120,7 @@ def _run(arguments: list[str]) -> None:
     from llama_lightning.training.checkpoint_io import read_checkpoint
     from llama_lightning.training.export import ExportAtEnd
     from llama_lightning.training.last_and_best import LastAndBest
-    from llama_lightning.training.llama_module import LlamaModule
     from llama_lightning.training.memory import MemoryReport
-    from llama_lightning.training.trainer import Trainer
     from llama_lightning.usage import (
         check_keys,
         compilers_part,

@@ -1,5 +1,6 @@
 """The package from Python: what the README shows runs, and checkpoints come back as modules."""
 
+import gc
 import re
 from pathlib import Path
 
@@ -17,6 +18,30 @@ def test_every_public_name_is_there() -> None:
         assert getattr(llama_lightning, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Lama'"):
         _ = llama_lightning.Lama
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_an_import_leaves_the_collector_as_it_was(
+    collecting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during = []
+
+    def broken(name: str) -> None:
+        during.append(gc.isenabled())
+        raise ImportError(name)
+
+    was_collecting = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        assert llama_lightning.Row.__name__ == "Row"
+        assert gc.isenabled() == collecting
+        monkeypatch.setattr(llama_lightning, "import_module", broken)
+        with pytest.raises(ImportError, match=r"llama_lightning\.model\.llama"):
+            _ = llama_lightning.Llama
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if was_collecting else gc.disable)()
+    assert during == [False]
 
 
 def test_the_readmes_python_runs(

@@ -19,7 +19,9 @@ from torch import Tensor
 T = TypeVar("T")
 U = TypeVar("U")
 
-PART = 2**22  # numbers: with fewer products take longer, with more packing does
+# Numbers in a part: with fewer products take longer, with more packing does. A product by codes,
+# which are read faster, waits longer for each part to begin.
+FP16_PART, INT8_PART = 2**22, 2**24
 THREADS = 4  # at most: packing takes one, and each of ours has room for some parts
 # Of fp16's scales: so that neither they leave fp32's normal numbers, nor any weight fp32.
 LEAST_EXPONENT, MOST_EXPONENT = -100, 16
@@ -61,9 +63,9 @@ def give_back_memory() -> None:
         libc.malloc_trim(0)
 
 
-def _num_outputs(inputs: int) -> int:
-    """Return of how many outputs a part is."""
-    return max(PART // inputs // 64, 1) * 64
+def _num_outputs(part: int, inputs: int) -> int:
+    """Return of how many outputs a part of about so many numbers is."""
+    return max(part // inputs // 64, 1) * 64
 
 
 def _split(outputs: int, *tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
@@ -91,7 +93,7 @@ class FP16Matrix:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.shape, self.num_outputs = weight.shape, _num_outputs(weight.shape[1])
+        self.shape, self.num_outputs = weight.shape, _num_outputs(FP16_PART, weight.shape[1])
         largest_O1 = _largest(weight)
         exponents_O1 = torch.frexp(largest_O1).exponent - 15
         low, high = exponents_O1.aminmax()
@@ -147,7 +149,7 @@ class Int8Matrix:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        num_outputs, scales = _num_outputs(weight.shape[1]), []
+        num_outputs, scales = _num_outputs(INT8_PART, weight.shape[1]), []
         self.parts: list[Any] = []
         wide_room = torch.empty(min(num_outputs, len(weight)), weight.shape[1])
         code_room = torch.empty_like(wide_room, dtype=torch.int8)

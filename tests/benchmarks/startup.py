@@ -36,9 +36,12 @@ def show(args: argparse.Namespace) -> None:
 
 def ours(args: argparse.Namespace, folder: Path, cache: Path) -> None:
     """Fit for one step."""
+    # First, as in the command line.
+    from llama_lightning import LlamaModule, LoRAConfig, Trainer
+
+    # isort: split
     from lightning.pytorch import Callback
 
-    from llama_lightning import LlamaModule, LoRAConfig, Trainer
     from tests.benchmarks.folded import FoldedData
 
     class Show(Callback):

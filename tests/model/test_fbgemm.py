@@ -24,7 +24,8 @@ HALF_STEP = 2**-8
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fbgemm, "PART", 1)  # which makes them of 64 outputs each
+    for part in ("FP16_PART", "INT8_PART"):
+        monkeypatch.setattr(fbgemm, part, 1)  # which makes them of 64 outputs each
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ ROWS = 8
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The layout that is taken: of a CPU with instructions for bf16, and of one without."""
     monkeypatch.setattr(prepack, "CPU_HAS_BF16", request.param == "oneDNN")
-    monkeypatch.setattr(fbgemm, "PART", 2**14)
+    monkeypatch.setattr(fbgemm, "FP16_PART", 2**14)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     return str(request.param)
 
