@@ -22,6 +22,7 @@ U = TypeVar("U")
 # Numbers in a part: with fewer products take longer, with more packing does. A product by codes,
 # which are read faster, waits longer for each part to begin.
 FP16_PART, INT8_PART = 2**22, 2**24
+CODED = 2**20  # numbers whose codes are made at a time, in the cache
 THREADS = 4  # at most: packing takes one, and each of ours has room for some parts
 # Of fp16's scales: so that neither they leave fp32's normal numbers, nor any weight fp32.
 LEAST_EXPONENT, MOST_EXPONENT = -100, 16
@@ -149,21 +150,30 @@ class Int8Matrix:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        num_outputs, scales = _num_outputs(INT8_PART, weight.shape[1]), []
-        self.parts: list[Any] = []
-        wide_room = torch.empty(min(num_outputs, len(weight)), weight.shape[1])
-        code_room = torch.empty_like(wide_room, dtype=torch.int8)
-        for part in torch.split(weight, num_outputs):
+        parts = torch.split(weight, _num_outputs(INT8_PART, weight.shape[1]))
+
+        def packed(number: int) -> tuple[int, tuple[Any, Tensor]]:
+            return number, self._packed(parts[number])
+
+        with warnings.catch_warnings():  # torch 2.13 means to give quantized tensors up
+            warnings.filterwarnings("ignore", ".*quantized tensor creation", UserWarning)
+            by_number = dict(in_threads(packed, range(len(parts))))
+        in_order = [by_number[number] for number in range(len(parts))]
+        self.parts = [part for part, _ in in_order]
+        self.scales_O = torch.cat([scales for _, scales in in_order])
+
+    @staticmethod
+    def _packed(weight: Tensor) -> tuple[Any, Tensor]:
+        """Pack some outputs' codes; return their scales (O,) too."""
+        codes, scales_O1 = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
+        num_outputs = _num_outputs(CODED, weight.shape[1])
+        wide_room = torch.empty(num_outputs, weight.shape[1])
+        for part, part_codes, scales in _split(num_outputs, weight, codes, scales_O1):
             wide = wide_room[: len(part)].copy_(part.to(torch.bfloat16))
-            scales_O1 = (_largest(wide) / MAX_CODE).clamp_min_(torch.finfo(wide.dtype).tiny)
-            codes = code_room[: len(part)].copy_(wide.div_(scales_O1).round_())
-            with warnings.catch_warnings():  # torch 2.13 means to give quantized tensors up
-                warnings.filterwarnings("ignore", ".*quantized tensor creation", UserWarning)
-                quantized = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
-            self.parts.append(torch.ops.quantized.linear_prepack(quantized, None))
-            scales.append(scales_O1.squeeze(1))
-            give_back_memory()
-        self.scales_O = torch.cat(scales)
+            scales[:] = (_largest(wide) / MAX_CODE).clamp_min_(torch.finfo(wide.dtype).tiny)
+            part_codes[:] = wide.div_(scales).round_()
+        quantized = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None), scales_O1.squeeze(1)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply (M, I) whole numbers in fp32, to 63, by the codes into (M, O).

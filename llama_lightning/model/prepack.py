@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_lightning.model import fbgemm
+from llama_lightning.model.embedding_table import BF16Matrix
 from llama_lightning.model.linear import CPU_HAS_BF16, Linear
 
 # For one row torch's own product reads a bf16 weight about as fast as memory gives it.
@@ -62,16 +63,14 @@ class OneDNNLinear(PrepackedLinear):
         return weight
 
 
-class FP16Linear(PrepackedLinear):
-    """One whose weight is in fp16 and FBGEMM's layout.
+class FBGEMMLinear(PrepackedLinear):
+    """One whose weight is packed for FBGEMM, in one way or another."""
 
-    Raises:
-        FP16RangeError: fp16 has no place for the weight.
-    """
+    matrix: type[BF16Matrix] | type[fbgemm.FP16Matrix]
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        self.packed = fbgemm.FP16Matrix(linear.weight.detach().to(torch.bfloat16))
+        self.packed = self.matrix(linear.weight.detach().to(torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O), as under autocast in bf16."""
@@ -83,13 +82,31 @@ class FP16Linear(PrepackedLinear):
         return self.packed.unpacked()
 
 
+class BF16Linear(FBGEMMLinear):
+    """One whose weight is as it was, but in the order of a table of embeddings."""
+
+    matrix = BF16Matrix
+
+
+class FP16Linear(FBGEMMLinear):
+    """One whose weight is in fp16 and FBGEMM's layout.
+
+    Raises:
+        FP16RangeError: fp16 has no place for the weight.
+    """
+
+    matrix = fbgemm.FP16Matrix
+
+
 def _layout(rows: int) -> type[PrepackedLinear] | None:
     """Name the layout that pays on this processor, where torch has the kernels."""
     if CPU_HAS_BF16:
         ops = torch.ops.mkldnn
         there = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
         return OneDNNLinear if there else None
-    return FP16Linear if rows >= FP16_MIN_ROWS and fbgemm.is_there() else None
+    if not fbgemm.is_there():
+        return None
+    return FP16Linear if rows >= FP16_MIN_ROWS else BF16Linear
 
 
 @contextmanager
@@ -126,7 +143,7 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
         return name, None if layer is None or linears[name].weight.nbytes else layer.unpacked()
 
     # Threads make tensors only, and what is abandoned changes no model.
-    in_turn = map if CPU_HAS_BF16 else fbgemm.in_threads
+    in_turn = fbgemm.in_threads if layout is FP16Linear else map
     largest_first = sorted(linears, key=lambda name: -linears[name].weight.numel())
     try:
         for name, layer in in_turn(pack, largest_first):

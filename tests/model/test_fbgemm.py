@@ -24,8 +24,10 @@ HALF_STEP = 2**-8
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in ("FP16_PART", "INT8_PART"):
+    for part in ("FP16_PART", "CODED"):
         monkeypatch.setattr(fbgemm, part, 1)  # which makes them of 64 outputs each
+    monkeypatch.setattr(fbgemm, "INT8_PART", 2**14)  # of 96 inputs, twice as many
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
 
 def _bits(tensor: Tensor) -> Tensor:

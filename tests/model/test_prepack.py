@@ -12,6 +12,7 @@ from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.prepack import (
     FP16_MIN_ROWS,
+    BF16Linear,
     FP16Linear,
     OneDNNLinear,
     PrepackedLinear,
@@ -27,11 +28,17 @@ ROWS = 8
 
 
 @pytest.fixture(
-    params=[pytest.param("oneDNN", marks=needs_onednn), pytest.param("fp16", marks=needs_fbgemm)]
+    params=[
+        pytest.param("oneDNN", marks=needs_onednn),
+        pytest.param("table", marks=needs_fbgemm),
+        pytest.param("fp16", marks=needs_fbgemm),
+    ]
 )
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The layout that is taken: of a CPU with instructions for bf16, and of one without."""
     monkeypatch.setattr(prepack, "CPU_HAS_BF16", request.param == "oneDNN")
+    if request.param == "table":
+        monkeypatch.setattr(prepack, "FP16_MIN_ROWS", ROWS + 1)
     monkeypatch.setattr(fbgemm, "FP16_PART", 2**14)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     return str(request.param)
@@ -67,11 +74,14 @@ def test_logits_by_onednn_are_equal_bit_for_bit(rows: int) -> None:
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("rows", [2, 8, 33])
-def test_logits_by_fp16_are_as_near_to_float64s(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+def test_logits_by_fbgemm_are_as_near_to_float64s(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepack, "CPU_HAS_BF16", False)
     model = _lora_model()
-    tokens, plain, packed = _logits(model, rows, FP16Linear)
+    kind = FP16Linear if rows >= FP16_MIN_ROWS else BF16Linear
+    tokens, plain, packed = _logits(model, rows, kind)
     with torch.inference_mode():
         exact = model.double()(tokens)
     errors = [float((logits - exact).norm() / exact.norm()) for logits in (packed, plain)]
@@ -144,7 +154,7 @@ def test_a_weight_that_something_else_has_too_is_not_given_up(layout: str) -> No
 def test_autocast_weights_are_packed_as_it_would_cast_them(layout: str) -> None:
     model = nn.Sequential(Linear(64, 96), Linear(96, 8))
     x = torch.randn(ROWS, 64)
-    if layout == "fp16":  # whose sums have an order of their own: whole numbers, exact in any
+    if layout != "oneDNN":  # whose sums have an order of their own: whole numbers, exact in any
         x = torch.randint(-8, 9, (ROWS, 64)).float()
         for linear in model:
             nn.init.uniform_(linear.weight, -8, 8).data.round_()
@@ -164,11 +174,11 @@ def test_other_types_stay_as_they_are(layout: str) -> None:
 
 
 @needs_fbgemm
-def test_fp16_leaves_what_it_cannot_hold_and_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_leaves_what_it_cannot_hold_and_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepack, "CPU_HAS_BF16", False)
     model = nn.Sequential(Linear(64, 64), Linear(64, 64)).bfloat16()
     with prepacked(model, FP16_MIN_ROWS - 1):
-        assert not any(issubclass(kind, PrepackedLinear) for kind in _kinds(model))
+        assert FP16Linear not in _kinds(model)
     with torch.no_grad():
         model[0].weight[3, 5] = torch.inf
     before = model[0].weight.detach().clone()

@@ -1,0 +1,86 @@
+"""A matrix as a table of embeddings, of which a product with a single row takes weighted bags.
+
+A row of the table is what one input is multiplied by for a group of outputs. A bag of all inputs'
+rows, each weighted by its input, sums to the group's outputs. FBGEMM's kernel for that, in torch on
+x86-64, reads 22 GB/s of the 1B shape's matrices, all that memory gives, where torch's product of a
+row and a bf16 matrix reads 16 (2 cores of an AMD EPYC with AVX2).
+Letters: M rows, I inputs, O outputs, G groups of W outputs.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Outputs of a group: the kernel has sums of so many in registers.
+GROUP = 64
+PART = 8  # groups that are written or cast at a time, so that they stay in the cache
+# Numbers between outputs, without which they would all fall into the same few lines of the cache.
+GAP = 32
+
+
+@cache
+def _bags(groups: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Number a table's rows, and say where its bags begin."""
+    rows = torch.arange(groups * inputs, dtype=torch.int32)
+    return rows, rows[::inputs].contiguous()
+
+
+class BF16Matrix:
+    """A matrix of bf16 numbers as they are, quick to multiply by one row.
+
+    Args:
+        weight: (O, I) in bf16 on the CPU.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape = weight.shape
+        outputs, inputs = weight.shape
+        self.table_GIW = weight.new_empty(-(-outputs // GROUP), inputs, GROUP)
+        room_GWI = weight.new_empty(PART, GROUP, inputs + GAP)[..., :inputs]
+        room_OI = room_GWI.flatten(0, 1)
+        for part, table in zip(
+            torch.split(weight, PART * GROUP), torch.split(self.table_GIW, PART), strict=True
+        ):
+            room_OI[: len(part)] = part
+            table.copy_(room_GWI[: len(table)].transpose(1, 2))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply (..., I) in bf16 into (..., O) in bf16, with sums in fp32.
+
+        A single row's sums midway between two numbers of bf16 are rounded up, not to the even one.
+        """
+        outputs, inputs = self.shape
+        x_MI = x.reshape(-1, inputs)
+        out_MO = self._of_one(x_MI) if len(x_MI) == 1 else self._of_many(x_MI)
+        return out_MO[:, :outputs].reshape(*x.shape[:-1], outputs)
+
+    def _of_one(self, x_1I: Tensor) -> Tensor:
+        groups, inputs, _ = self.table_GIW.shape
+        rows, starts = _bags(groups, inputs)
+        sums_GW = F.embedding_bag(
+            rows,
+            self.table_GIW.flatten(0, 1),
+            starts,
+            mode="sum",
+            per_sample_weights=x_1I.expand(groups, -1).flatten(),
+        )
+        return sums_GW.view(1, -1)
+
+    def _of_many(self, x_MI: Tensor) -> Tensor:
+        """Multiply by some groups in fp32 at a time, as model/linear.py does."""
+        wide_x, out_MGW = x_MI.float(), x_MI.new_empty(len(x_MI), len(self.table_GIW), GROUP)
+        wide_room = torch.empty(PART, *self.table_GIW.shape[1:])
+        with torch.autocast("cpu", enabled=False):
+            for table, out in zip(
+                torch.split(self.table_GIW, PART), torch.split(out_MGW, PART, 1), strict=True
+            ):
+                out.copy_((wide_x @ wide_room[: len(table)].copy_(table)).transpose(0, 1))
+        return out_MGW.flatten(1)
+
+    def unpacked(self) -> Tensor:
+        """Return the weight."""
+        weight = self.table_GIW.transpose(1, 2).flatten(0, 1)
+        outputs = self.shape[0]
+        return weight if len(weight) == outputs else weight[:outputs].clone()
