@@ -71,7 +71,7 @@ class BF16Matrix:
     def _of_many(self, x_MI: Tensor) -> Tensor:
         """Multiply by some groups in fp32 at a time, as model/linear.py does."""
         wide_x, out_MGW = x_MI.float(), x_MI.new_empty(len(x_MI), len(self.table_GIW), GROUP)
-        wide_room = torch.empty(PART, *self.table_GIW.shape[1:])
+        wide_room = torch.empty(PART, *self.table_GIW.shape[1:], dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
             for table, out in zip(
                 torch.split(self.table_GIW, PART), torch.split(out_MGW, PART, 1), strict=True

@@ -165,9 +165,10 @@ class Int8Matrix:
     @staticmethod
     def _packed(weight: Tensor) -> tuple[Any, Tensor]:
         """Pack some outputs' codes; return their scales (O,) too."""
-        codes, scales_O1 = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        scales_O1 = torch.empty(len(weight), 1, dtype=torch.float32)
         num_outputs = _num_outputs(CODED, weight.shape[1])
-        wide_room = torch.empty(num_outputs, weight.shape[1])
+        wide_room = torch.empty(num_outputs, weight.shape[1], dtype=torch.float32)
         for part, part_codes, scales in _split(num_outputs, weight, codes, scales_O1):
             wide = wide_room[: len(part)].copy_(part.to(torch.bfloat16))
             scales[:] = (_largest(wide) / MAX_CODE).clamp_min_(torch.finfo(wide.dtype).tiny)

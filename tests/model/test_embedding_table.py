@@ -70,6 +70,15 @@ def test_a_product_takes_any_number_of_dimensions_and_any_view() -> None:
         assert torch.equal(found.float(), view.float() @ weight.float().T)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_are_the_same_where_bf16_is_the_default_type(rows: int) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(70, 900).bfloat16(), torch.randn(rows, 900).bfloat16()
+    found = BF16Matrix(weight).product(x)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning has it at precision bf16-true
+    assert torch.equal(BF16Matrix(weight).product(x), found)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_no_number_shows_where_it_belongs(rows: int, number: float) -> None:

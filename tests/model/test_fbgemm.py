@@ -125,6 +125,16 @@ def test_codes_are_the_nearest_to_the_weights_and_their_scale_is_the_outputs() -
     assert torch.equal(codes.abs().amax(1), torch.full((70,), float(MAX_CODE)))
 
 
+def test_matrices_are_the_same_where_bf16_is_the_default_type() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(130, 24), torch.randint(-9, 10, (5, 24)).float()
+    codes, halves = Int8Matrix(weight), FP16Matrix(weight.bfloat16())
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning has it at precision bf16-true
+    assert torch.equal(Int8Matrix(weight).scales_O, codes.scales_O)
+    assert torch.equal(Int8Matrix(weight).product(x), codes.product(x))
+    assert torch.equal(FP16Matrix(weight.bfloat16()).product(x), halves.product(x))
+
+
 def test_what_fails_in_a_thread_fails_for_the_caller_and_ends_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
