@@ -143,7 +143,7 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
         return name, None if layer is None or linears[name].weight.nbytes else layer.unpacked()
 
     # Threads make tensors only, and what is abandoned changes no model.
-    in_turn = fbgemm.in_threads if layout is FP16Linear else map
+    in_turn = map if CPU_HAS_BF16 else fbgemm.in_threads
     largest_first = sorted(linears, key=lambda name: -linears[name].weight.numel())
     try:
         for name, layer in in_turn(pack, largest_first):
