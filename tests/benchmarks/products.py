@@ -36,7 +36,11 @@ ROWS = {
     "block": (1, 2, 4, 8, 16, 32, 128, 512),
     "head": (1, 2, 4, 8),
 }
-ONCE = {"block": ["laying out", "giving back"], "head": ["laying out"]}  # for any number of rows
+# Done once a run, for so many rows, and named like a pass.
+ONCE = {
+    "block": ["laying out 1", "giving back 1", "laying out 8", "giving back 8"],
+    "head": ["laying out 8"],
+}
 TOKENS, WIDTH, INNER = 128_256, 2048, 8192
 # Inputs and outputs of q, k, v, o, gate, up and down.
 BLOCK = [(WIDTH, WIDTH), (WIDTH, 512), (WIDTH, 512), (WIDTH, WIDTH)]
@@ -87,12 +91,12 @@ def of_a_block(way: str) -> dict[str, float]:
         inputs = [torch.randn(rows, width, dtype=torch.bfloat16) for width, _ in BLOCK]
         start = time.perf_counter()
         with prepacked(network, rows) if way == LAID_OUT else nullcontext():
-            found["laying out"] = _since(start)
+            found[f"laying out {rows}"] = _since(start)
             found[f"forward {rows}"] = milliseconds(
                 lambda inputs=inputs: [linear(x) for linear, x in zip(network, inputs, strict=True)]
             )
             start = time.perf_counter()
-        found["giving back"] = _since(start)
+        found[f"giving back {rows}"] = _since(start)
     return found
 
 
@@ -107,7 +111,7 @@ def of_a_head(way: str) -> dict[str, float]:
         else:
             stack.enter_context(prepacked(network, max(ROWS["head"])))
             head = network[0]
-        found = {"laying out": _since(start)}
+        found = {f"laying out {max(ROWS['head'])}": _since(start)}
         for rows in ROWS["head"]:
             x = torch.randn(rows, WIDTH, dtype=torch.bfloat16)
             found[f"forward {rows}"] = milliseconds(lambda x=x: head(x).max(-1).indices)
@@ -136,8 +140,9 @@ def table(runs: Runs) -> list[str]:
         figures = interleaved.medians(lines, names)
         for name in names:
             theirs, mine = (figures.get(way, {}).get(name) for way in WAYS[group])
-            pass_, number = (name, None) if name in ONCE.get(group, []) else name.split()
-            gain = interleaved.ratio(theirs, mine) if theirs and mine and number else None
+            pass_, _, number = name.rpartition(" ")
+            once = name in ONCE.get(group, [])
+            gain = interleaved.ratio(theirs, mine) if theirs and mine and not once else None
             rows.append([" / ".join(WAYS[group]), number, pass_, theirs, mine, gain])
     head = ["plain / ours", "rows", "pass", "plain, ms", "ours, ms", "gain"]
     return interleaved.markdown(head, rows)
