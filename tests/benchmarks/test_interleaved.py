@@ -342,7 +342,7 @@ def test_ways_of_a_product_are_compared() -> None:
         return {"name": way, "forward 8": forward, "backward 8": 2 * forward}
 
     heads = [
-        {"name": way, "forward 2": forward, "laying out": layout}
+        {"name": way, "forward 2": forward, "laying out 8": layout}
         for way, forward, layout in ((products.WHOLE, 9, 10), (products.SCREENED, 6, 40))
     ]
     lines = [one(products.TORCH, 6), one(products.OURS, 2)]
@@ -352,7 +352,7 @@ def test_ways_of_a_product_are_compared() -> None:
     assert found["torch / in fp32", "8", "backward"] == ["12", "4", "3.00"]
     assert found["torch / in fp32", "1", "forward"] == ["", "", ""]
     assert found["whole head / screened head", "2", "forward"] == ["9", "6", "1.50"]
-    assert found["whole head / screened head", "", "laying out"] == ["10", "40", ""]
+    assert found["whole head / screened head", "8", "laying out"] == ["10", "40", ""]
 
 
 @pytest.mark.parametrize("way", [*products.WAYS["block"], *products.WAYS["head"]])
