@@ -363,7 +363,7 @@ def test_what_is_laid_out_is_measured(way: str, monkeypatch: pytest.MonkeyPatch)
     group = "block" if way in products.WAYS["block"] else "head"
     found = products.MEASURES[group](way)
     rows = [f"forward {number}" for number in products.ROWS[group]]
-    assert sorted(found) == sorted([*rows, *products.ONCE[group]])
+    assert set(found) >= {*rows, *products.ONCE[group]}
     assert all(figure > 0 for figure in found.values())
 
 
