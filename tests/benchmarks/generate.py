@@ -33,9 +33,6 @@ from tests.benchmarks.machine import machine_name, memory, synchronize
 from tests.random_llama import SHAPES, kept_random_llama
 
 OURS, HF = "llama_lightning", "hf"
-# How OpenMP's threads wait for each other: the command line's own way, unless the user has another.
-WAITING = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "10000"}
-
 
 Call = Callable[[Path, str], None]  # answers the prompts of a file with so many tokens each
 
@@ -144,7 +141,7 @@ def measure(args: argparse.Namespace, folder: Path, records: Path) -> dict[str, 
         "call_cpu_s": [round(seconds, 3) for seconds in cpus],
         "new_tokens": new_tokens,
         "prompt_tokens": sum(map(len, prompts)),
-        "waiting": {name: os.environ[name] for name in WAITING if name in os.environ},
+        "waiting": {name: os.environ[name] for name in interleaved.WAITING if name in os.environ},
         "machine": machine_name(args.device),
         "torch": torch.__version__,
         **memory(args.device),
@@ -173,8 +170,7 @@ PLAN = {
 
 def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     """Name the measurements."""
-    waiting = {name: os.environ.get(name, "") for name in WAITING}
-    waiting = waiting if any(waiting.values()) else WAITING
+    waiting = interleaved.waiting()
     dtype = interleaved.peers_dtype(args)
     found = {}
     for key, (_, batch, rows, new, records) in PLAN.items():

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_SHAPE = "1b-4l"
 PACKAGES = ("torch", "lightning", "transformers", "peft", "litgpt", "torchtune")
+WAITING = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "10000"}
 VERSIONS = """
 import json, sys
 from importlib import metadata
@@ -72,6 +73,15 @@ class Part(NamedTuple):
 def measurement(program: str, flags: Iterable[object]) -> list[str]:
     """Make the command of one of this project's measurements, in this environment."""
     return [sys.executable, "-m", f"tests.benchmarks.{program}", *map(str, flags)]
+
+
+def waiting() -> dict[str, str]:
+    """Say how OpenMP's threads wait: as the command line has it, unless the user has another way.
+
+    Where a region takes less than a millisecond, waking a thread for it counts.
+    """
+    asked = {name: os.environ.get(name, "") for name in WAITING}
+    return asked if any(asked.values()) else WAITING
 
 
 def run(job: Job, threads: int) -> Line:

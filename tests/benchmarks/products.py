@@ -123,9 +123,11 @@ MEASURES = {"products": of_a_matrix, "block": of_a_block, "head": of_a_head}
 
 def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     """Name the measurements."""
-    flags = ["--threads", args.threads, "--way"]
+    flags, waiting = ["--threads", args.threads, "--way"], interleaved.waiting()
     return {
-        group: [Job(way, interleaved.measurement("products", [*flags, way])) for way in ways]
+        group: [
+            Job(way, interleaved.measurement("products", [*flags, way]), waiting) for way in ways
+        ]
         for group, ways in WAYS.items()
     }
 
