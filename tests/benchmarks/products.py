@@ -2,14 +2,16 @@
 
 Of the 1B shape, at several numbers of rows: one matrix, forward and backward to the input, by torch
 and in fp32 (`model/linear.py` takes the faster: torch's where the processor has instructions for
-bf16); a block's seven matrices as they are and as they are laid out while prompts are answered; and
-the head, laid out whole and screened. Each way is measured in a process of its own and in turn.
-`--way` measures one, as a JSON line of milliseconds.
+bf16); a block's seven matrices as they are and as they are laid out while prompts are answered; the
+head, laid out whole and screened; and a decode step of 4 layers with the blocks in both ways and
+the head screened, where it is. Each way is measured in a process of its own and in turn. `--way`
+measures one, as a JSON line of milliseconds.
 """
 
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -19,22 +21,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llama_lightning.model.decode_step import DecodeStep
+from llama_lightning.model.kv_cache import KVCache
 from llama_lightning.model.linear import CPU_HAS_BF16, Linear, product_in_fp32
+from llama_lightning.model.llama import Llama
 from llama_lightning.model.prepack import prepacked
-from llama_lightning.model.screened_head import ScreenedHead
+from llama_lightning.model.screened_head import ScreenedHead, screened
 from tests.benchmarks import interleaved
 from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name
+from tests.random_llama import SHAPES
 
 TORCH, OURS = "torch", "in fp32"
 PLAIN, LAID_OUT = "a block", "a block laid out"
 WHOLE, SCREENED = "whole head", "screened head"
+STEP, STEP_LAID_OUT = "a decode step", "a decode step laid out"
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {TORCH: F.linear, OURS: product_in_fp32}
 WAYS = {"products": (TORCH, OURS), "block": (PLAIN, LAID_OUT), "head": (WHOLE, SCREENED)}
+WAYS["step"] = (STEP, STEP_LAID_OUT)
 ROWS = {
     "products": (1, 4, 8, 32, 128, 512),
     "block": (1, 2, 4, 8, 16, 32, 128, 512),
     "head": (1, 2, 4, 8),
+    "step": (1, 2, 8),
 }
 # Done once a run, for so many rows, and named like a pass.
 ONCE = {
@@ -46,6 +55,7 @@ TOKENS, WIDTH, INNER = 128_256, 2048, 8192
 BLOCK = [(WIDTH, WIDTH), (WIDTH, 512), (WIDTH, 512), (WIDTH, WIDTH)]
 BLOCK += [(WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)]
 REPEATS, SECONDS = 3, 0.3  # a call is repeated so often and so long; the best time counts
+SHAPE, PROMPT, STEPS = "1b-4l", 100, 64  # of decode steps: the network, tokens seen, and how many
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -118,7 +128,32 @@ def of_a_head(way: str) -> dict[str, float]:
     return found
 
 
-MEASURES = {"products": of_a_matrix, "block": of_a_block, "head": of_a_head}
+@torch.no_grad()
+def of_a_step(way: str) -> dict[str, float]:
+    """Time decode steps of each number of rows, with blocks as they are and laid out; medians."""
+    torch.manual_seed(0)
+    network = Llama(SHAPES[SHAPE]).bfloat16().eval()
+    found = {}
+    for rows in ROWS["step"]:
+        slots = PROMPT + STEPS
+        cache = KVCache.allocate(
+            network.config, rows, slots, dtype=torch.bfloat16, device=torch.device("cpu")
+        )
+        cache.lengths_B += PROMPT  # of zeros, which take as long as any
+        step, tokens, times = DecodeStep(network, cache, None), torch.arange(rows), []
+        with ExitStack() as stack:
+            stack.enter_context(screened(network, rows))
+            if way == STEP_LAID_OUT:
+                stack.enter_context(prepacked(network, rows))
+            for number in range(STEPS):
+                start = time.perf_counter()
+                tokens = step(tokens, [PROMPT + number] * rows).max(-1).indices
+                times.append(_since(start))
+        found[f"forward {rows}"] = statistics.median(times)
+    return found
+
+
+MEASURES = {"products": of_a_matrix, "block": of_a_block, "head": of_a_head, "step": of_a_step}
 
 
 def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
@@ -150,7 +185,9 @@ def table(runs: Runs) -> list[str]:
     return interleaved.markdown(head, rows)
 
 
-TITLE = "bf16 products on a CPU: a matrix of 2,048 by 2,048, a block, and a head of 128,256 tokens"
+TITLE = (
+    "bf16 products on a CPU: a matrix of 2,048 by 2,048, a block, a head of 128,256 tokens, a step"
+)
 PART = Part("products", TITLE, groups, table, shaped=False, on_gpu=False, reads=False)
 
 

@@ -17,6 +17,7 @@ from tests.benchmarks.__main__ import PARTS
 from tests.benchmarks.inputs import LONG, SHORT
 from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name
+from tests.model.oracle import small_config
 
 ECHO = "import json, sys; print('noise'); print(json.dumps({'tok_s': float(sys.argv[1])}))"
 
@@ -355,15 +356,18 @@ def test_ways_of_a_product_are_compared() -> None:
     assert found["whole head / screened head", "8", "laying out"] == ["10", "40", ""]
 
 
-@pytest.mark.parametrize("way", [*products.WAYS["block"], *products.WAYS["head"]])
-def test_what_is_laid_out_is_measured(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", ["block", "head", "step"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_what_is_laid_out_is_measured(
+    group: str, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(products, "TOKENS", 512)
     monkeypatch.setattr(products, "WIDTH", 64)
     monkeypatch.setattr(products, "BLOCK", [(64, 64), (64, 128), (128, 64)])
-    group = "block" if way in products.WAYS["block"] else "head"
-    found = products.MEASURES[group](way)
+    monkeypatch.setitem(products.SHAPES, products.SHAPE, small_config())
+    found = products.MEASURES[group](products.WAYS[group][ours])
     rows = [f"forward {number}" for number in products.ROWS[group]]
-    assert set(found) >= {*rows, *products.ONCE[group]}
+    assert set(found) >= {*rows, *products.ONCE.get(group, [])}
     assert all(figure > 0 for figure in found.values())
 
 
