@@ -2,8 +2,8 @@
 
 A row of the table is what one input is multiplied by for a group of outputs. A bag of all inputs'
 rows, each weighted by its input, sums to the group's outputs. FBGEMM's kernel for that, in torch on
-x86-64, reads 22 GB/s of the 1B shape's matrices, all that memory gives, where torch's product of a
-row and a bf16 matrix reads 16 (2 cores of an AMD EPYC with AVX2).
+x86-64, reads the 1B shape's matrices at 19 to 22 GB/s, torch's product of a row and a bf16 matrix
+at 16 to 18 (2 cores of an AMD EPYC with AVX2, on which others read too).
 Letters: M rows, I inputs, O outputs, G groups of W outputs.
 """
 
@@ -49,7 +49,7 @@ class BF16Matrix:
     def product(self, x: Tensor) -> Tensor:
         """Multiply (..., I) in bf16 into (..., O) in bf16, with sums in fp32.
 
-        A single row's sums midway between two numbers of bf16 are rounded up, not to the even one.
+        A single row's sums midway between two numbers of bf16 are rounded away from zero.
         """
         outputs, inputs = self.shape
         x_MI = x.reshape(-1, inputs)

@@ -37,8 +37,12 @@ PLAIN, LAID_OUT = "a block", "a block laid out"
 WHOLE, SCREENED = "whole head", "screened head"
 STEP, STEP_LAID_OUT = "a decode step", "a decode step laid out"
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {TORCH: F.linear, OURS: product_in_fp32}
-WAYS = {"products": (TORCH, OURS), "block": (PLAIN, LAID_OUT), "head": (WHOLE, SCREENED)}
-WAYS["step"] = (STEP, STEP_LAID_OUT)
+WAYS = {
+    "products": (TORCH, OURS),
+    "block": (PLAIN, LAID_OUT),
+    "head": (WHOLE, SCREENED),
+    "step": (STEP, STEP_LAID_OUT),
+}
 ROWS = {
     "products": (1, 4, 8, 32, 128, 512),
     "block": (1, 2, 4, 8, 16, 32, 128, 512),
@@ -149,7 +153,7 @@ def of_a_step(way: str) -> dict[str, float]:
                 start = time.perf_counter()
                 tokens = step(tokens, [PROMPT + number] * rows).max(-1).indices
                 times.append(_since(start))
-        found[f"forward {rows}"] = statistics.median(times)
+        found[f"forward {rows}"] = round(statistics.median(times), 3)
     return found
 
 
