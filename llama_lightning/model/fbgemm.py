@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -152,15 +153,14 @@ class Int8Matrix:
     def __init__(self, weight: Tensor) -> None:
         parts = torch.split(weight, _num_outputs(INT8_PART, weight.shape[1]))
 
-        def packed(number: int) -> tuple[int, tuple[Any, Tensor]]:
-            return number, self._packed(parts[number])
+        def packed(number: int) -> tuple[int, Any, Tensor]:
+            return number, *self._packed(parts[number])
 
         with warnings.catch_warnings():  # torch 2.13 means to give quantized tensors up
             warnings.filterwarnings("ignore", ".*quantized tensor creation", UserWarning)
-            by_number = dict(in_threads(packed, range(len(parts))))
-        in_order = [by_number[number] for number in range(len(parts))]
-        self.parts = [part for part, _ in in_order]
-        self.scales_O = torch.cat([scales for _, scales in in_order])
+            in_order = sorted(in_threads(packed, range(len(parts))), key=itemgetter(0))
+        self.parts = [part for _, part, _ in in_order]
+        self.scales_O = torch.cat([scales for *_, scales in in_order])
 
     @staticmethod
     def _packed(weight: Tensor) -> tuple[Any, Tensor]:
