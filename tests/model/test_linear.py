@@ -25,7 +25,7 @@ HALF_STEP = 2**-8
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "BLOCK", 32)
+    monkeypatch.setattr(linear, "BLOCK", 1024)
     monkeypatch.setattr(linear, "CPU_HAS_BF16", False)
 
 
