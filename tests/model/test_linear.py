@@ -25,7 +25,8 @@ HALF_STEP = 2**-8
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "BLOCK", 1024)
+    monkeypatch.setattr(linear, "FEW_BLOCK", 1024)
+    monkeypatch.setattr(linear, "BLOCK", 2048)
     monkeypatch.setattr(linear, "CPU_HAS_BF16", False)
 
 
