@@ -43,25 +43,28 @@ def _size(num_rows: int, num_others: int) -> int:
     return max(1, numbers // max(1, num_others))
 
 
-def _blocks(weight_OI: Tensor, size: int, dim: int) -> Iterator[Tensor]:
-    """Yield the weights of so many outputs (0) or inputs (1) in fp32, good until the next."""
+def _blocks(weight_OI: Tensor, rows: Tensor, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the weights of some outputs (0) or inputs (1) in fp32, good until the next.
+
+    With each go those outputs or inputs of all rows, (M, O) or (M, I).
+    """
     shape = list(weight_OI.shape)
+    size = _size(len(rows), shape[1 - dim])
     shape[dim] = min(shape[dim], size)
     wide = weight_OI.new_empty(shape, dtype=torch.float32)
-    for part in torch.split(weight_OI, size, dim):
-        yield wide.narrow(dim, 0, part.shape[dim]).copy_(part)
+    parts = torch.split(weight_OI, size, dim)
+    for part, columns in zip(parts, torch.split(rows, size, 1), strict=True):
+        yield wide.narrow(dim, 0, part.shape[dim]).copy_(part), columns
 
 
 @torch.library.custom_op("llama_lightning::product_in_fp32", mutates_args=())
 def product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply (M, I) by a transposed (O, I), both bf16 on the CPU, into (M, O)."""
-    num_rows, num_inputs = x.shape
+    num_rows = len(x)
     wide_x = F.pad(x, (0, 0, 0, -num_rows % TILE)).float()
     out = x.new_empty(num_rows, weight.shape[0])
-    size = _size(num_rows, num_inputs)
-    by_outputs = torch.split(out, size, 1)
     with torch.autocast("cpu", enabled=False):
-        for block, outputs in zip(_blocks(weight, size, 0), by_outputs, strict=True):
+        for block, outputs in _blocks(weight, out, 0):
             product = wide_x @ block.T if num_rows >= MANY_ROWS else (block @ wide_x.T).T
             outputs.copy_(product[:num_rows])
     return out
@@ -86,15 +89,11 @@ def _of_input(gradient_MO: Tensor, weight_OI: Tensor) -> Tensor:
         # Whole sums of some inputs at a time: 0.92 of the time of parts of all of them (503 rows,
         # 2,048 outputs, CPU time, the same cores). A head's outputs would be too many.
         wide, of_x = gradient_MO.float(), gradient_MO.new_empty(num_rows, num_inputs)
-        size = _size(num_rows, num_outputs)
-        by_inputs = torch.split(of_x, size, 1)
-        for block, inputs in zip(_blocks(weight_OI, size, 1), by_inputs, strict=True):
+        for block, inputs in _blocks(weight_OI, of_x, 1):
             inputs.copy_(wide @ block)
         return of_x
     sums = gradient_MO.new_zeros(num_rows, num_inputs, dtype=torch.float32)
-    size = _size(num_rows, num_inputs)
-    by_outputs = torch.split(gradient_MO, size, 1)
-    for gradient, block in zip(by_outputs, _blocks(weight_OI, size, 0), strict=True):
+    for block, gradient in _blocks(weight_OI, gradient_MO, 0):
         sums.addmm_(gradient.float(), block)
     return sums.to(gradient_MO.dtype)
 

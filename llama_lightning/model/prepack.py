@@ -6,10 +6,10 @@ step of the 1B shape with 4 layers takes 92 instead of 120 ms of CPU time at 1 r
 204 ms at 8; packing and unpacking cost as much as some 10 steps of one row (2 cores of an Intel
 Xeon).
 Without them, FBGEMM multiplies by a matrix in fp16, where a bf16 weight times a power of two is the
-same. A block's products of the 1B shape take 7.5 instead of 13 ms at 2 rows, 12 instead of 37 at 8
-and 32 instead of 50 at 32; packing it takes 0.6 s and unpacking 0.5. For a single row FBGEMM adds
-up a table of embeddings, which is packed and unpacked in 0.1 s: a decode step of 4 layers takes 51
-instead of 57 ms (2 cores of an AMD EPYC).
+same. A block's products of the 1B shape take 7.5 instead of 13 ms at 2 rows, 12 instead of 35 at 8
+and 34 instead of 50 at 32; packing it takes 0.6 s and unpacking 0.5. For a single row FBGEMM adds
+up a table of embeddings, which is packed and unpacked in 0.1 s: a decode step of 4 layers takes 48
+instead of 60 ms (2 cores of an AMD EPYC).
 """
 
 from collections import Counter

@@ -5,7 +5,7 @@ largest of them. Codes of 8 bits tell each logit to within a bound. Only the log
 largest by it, of random weights about a hundred a row, are computed from the head itself. So the
 token is the one that the whole product gives, unless two are so near that the order of sums in fp32
 decides. The likeliest token of 1, 2 and 4 rows of the 1B shape takes 14, 17 and 18 ms, by the whole
-head laid out in fp16 27, 30 and 32; a decode step of one row with 4 layers takes 51 ms; the codes
+head laid out in fp16 27, 30 and 32; a decode step of one row with 4 layers takes 48 ms; the codes
 are made in 1.3 s, once a run (2 cores of an AMD EPYC).
 Source: codes with one scale for each output as in LLM.int8() (arXiv 2208.07339); what they are off
 by changes x.w by no more than the sum of |x| times the largest of it.
