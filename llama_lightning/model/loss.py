@@ -5,6 +5,7 @@ and those of the others a few rows at a time, so that memory does not grow with 
 Letters: T tokens, D hidden size, L supervised positions, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,17 +14,19 @@ from torch import Tensor, nn
 
 from llama_lightning.records import IGNORE_INDEX
 
-# Positions whose logits are in memory at a time. With a frozen head 256 take 0.15 GiB at the 1B
-# shape's vocabulary, however many there are, and no more CPU time than all at once. A GPU reads the
-# head's weights once a chunk: by arithmetic, below some 300 positions it would wait for them. Each
-# further chunk of a trained head means a sum of its gradients in fp32 beside them: at width 512 as
-# large as the bf16 logits of 1,024 positions, at 2,048 four times that.
-# torch 2.13's linear_cross_entropy took 5 times as long in chunks of its own choice (all on 2 cores
-# of an Intel Xeon).
-CPU_CHUNK, GPU_CHUNK, TRAINED_CHUNK = 256, 512, 1024
+# Positions whose logits are in memory at a time, at most: on a CPU, with a trained head, on a GPU.
+# 1,024 take 0.25 GiB in bf16 at the vocabulary of Llama 3, however many there are. Each chunk reads
+# a frozen head's weights twice, and without instructions for bf16 casts them: 915 positions took
+# 1.3 times the CPU time in chunks of 256, in fp32 1.1 times (2 cores of an AMD EPYC). A GPU, by
+# arithmetic, waits for those weights below some 300 positions. Each further chunk of a trained head
+# means a sum of its gradients in fp32 beside them: at width 512 as large as the bf16 logits of
+# 1,024 positions, at 2,048 four times that.
+# torch 2.13's linear_cross_entropy took 5 times as long in chunks of its own choice (2 cores of an
+# Intel Xeon).
+CPU_CHUNK, TRAINED_CHUNK, GPU_CHUNK = 1024, 1024, 512
 # Of those, positions whose softmax is computed at a time on a CPU: what it needs stays in the
 # cache, and the loss of 264 positions takes 0.9 of the CPU time with a frozen head of width 2,048,
-# and 0.6 with a trained one of 512 (the same cores). A GPU would wait for the launches.
+# and 0.6 with a trained one of 512 (the same Xeon). A GPU would wait for the launches.
 CPU_SLICE = 16
 
 
@@ -37,7 +40,9 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     size = CPU_CHUNK if hidden_LD.device.type == "cpu" else GPU_CHUNK
     size = TRAINED_CHUNK if trained else size
-    return zip(torch.split(hidden_LD, size), torch.split(targets_L, size), strict=True)
+    count = max(1, math.ceil(len(targets_L) / size))  # of one size: what few rows cost, many do
+    parts = (tensor.tensor_split(count) for tensor in (hidden_LD, targets_L))
+    return zip(*parts, strict=True)
 
 
 def _slices(logits_LV: Tensor, targets_L: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
