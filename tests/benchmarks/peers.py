@@ -42,7 +42,11 @@ class Group(NamedTuple):
     apart: bool = True  # ours without shared beginnings too
 
 
-PACKED, PADDED = ["--data", "packed"], ["--data", "padded"]
+PACKED = ["--data", "packed"]
+# The first seed of their script whose three batches are like the file: in slots a token (1.75), in
+# tokens a record (193) and in the part that has labels (0.75) within 5 %. Seed 0's have 1.59, 277
+# and 0.83.
+PADDED = ["--data", "padded", "--seed", "9"]
 WIDE = [*PACKED, "--width", "1024"]
 NINE, TWO = ["--batch", "9"], ["--batch", "2"]
 LORA = ["--checkpointing", "selective"]  # as in configs/1b_lora.yaml
