@@ -517,6 +517,7 @@ def test_responses_save_path(run: Runner, tmp_path: Path) -> None:
     assert not (done.version / "responses.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_log_to_clearml(run: Runner, tmp_path: Path) -> None:
     # ClearML keeps global state: a process of its own. Its offline session is read back.
     code = (

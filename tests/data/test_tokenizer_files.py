@@ -65,6 +65,7 @@ def test_files_built_from_ranks(kind, tmp_path):
     _check_built(target, Tokenizer.from_path(source), [*TEXTS, *_random_texts(1000)])
 
 
+@pytest.mark.slow
 def test_files_built_from_the_real_ranks(tmp_path):
     if not RANKS.is_file():
         pytest.skip("Meta's tokenizer.model is not here")

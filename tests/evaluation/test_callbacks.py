@@ -59,6 +59,7 @@ def test_rows_are_sorted_and_carry_their_record(alone):
         assert row["num_tokens"] <= 32
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_file_of_one(prompts, alone, tmp_path):
     # 23 prompts, 5 a batch, 2 ranks: the last batch is short and one rank has a batch less.
     target = tmp_path / "responses.jsonl"
@@ -69,6 +70,7 @@ def test_two_ranks_write_the_file_of_one(prompts, alone, tmp_path):
     assert output.count("exact match") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_without_a_prompt_does_not_hold_the_other_up(prompts, tmp_path):
     target, few = tmp_path / "responses.jsonl", tmp_path / "few.json"
     few.write_text(json.dumps(PROMPTS[:3]))
@@ -102,6 +104,7 @@ def test_files_that_cannot_take_responses(prompts, tmp_path, capfd):
     assert "No space left on device; make room" in said[Path("/dev/full")][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "code", "context"),
     [(signal.SIGTERM, 143, spawned), (signal.SIGINT, 130, forked), (signal.SIGKILL, -9, forked)],

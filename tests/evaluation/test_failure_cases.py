@@ -374,6 +374,7 @@ def test_19_no_memory_for_the_judge(path: Path) -> None:
     assert len(rows(path)) == 6
 
 
+@pytest.mark.slow
 @case
 def test_20_several_ranks_leave_the_judge_to_its_verb(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.json"

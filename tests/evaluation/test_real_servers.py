@@ -74,6 +74,7 @@ def grade(backend: str, url: str, model: str, target: Path, **more: float) -> No
     assert all(as_trained)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     version("transformers").startswith("4."), reason="transformers serve of 4 is another program"
 )

@@ -119,6 +119,7 @@ def _compare(kind: str) -> None:
     assert worst <= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_few_graphs_serve_all_layers_and_lengths(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -127,6 +128,7 @@ def test_a_few_graphs_serve_all_layers_and_lengths(
     _compare(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_so_do_they_with_bf16_products_in_fp32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "CPU_HAS_BF16", False)

@@ -379,6 +379,7 @@ def test_a_step_is_the_same_however_it_is_accumulated(one_rank, plan):
     assert run.sizes.count(0) == {2: 0, 4: 1, 8: 5, 16: 5}[plan.accumulate]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", TWO_RANKS, ids=str)
 def test_a_step_is_the_same_on_two_ranks(one_rank, two_ranks, plan):
     runs = [measured[0][plan] for measured in two_ranks]
@@ -469,6 +470,7 @@ def test_validation_counts_every_token_the_same(folder, expected, eval_batch_siz
     assert_measured(f"{precision}, {eval_batch_size} a batch", metrics, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eval_batch_size", EVAL_SIZES)
 def test_validation_on_two_ranks_counts_every_token_once(two_ranks, expected, eval_batch_size):
     for rank, (_, measured) in enumerate(two_ranks):

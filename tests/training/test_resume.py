@@ -18,6 +18,7 @@ from tests.training.fit_processes import (
 from tests.verb_processes import running
 
 
+@pytest.mark.slow
 def test_best_is_the_best_of_all_validations(workplace, tmp_path):
     # A validation at the very step of a last.ckpt must not be passed over.
     arguments = fit_arguments(workplace, tmp_path, 1)
@@ -123,6 +124,7 @@ def test_a_setting_unlike_the_checkpoints_is_never_passed_over(
     assert said in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 4])
 def test_resume_at_an_epochs_end_and_inside(workplace, uninterrupted, tmp_path, step):
     expected, *_ = uninterrupted

@@ -19,6 +19,7 @@ from tests.training.fit_processes import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "every"),
     # Asked to stop, the run writes its checkpoint itself; the first is only there to start the

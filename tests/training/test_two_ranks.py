@@ -19,6 +19,7 @@ def arguments(folder: Path) -> list[str]:
     return ["fit", f"--config={ROOT}/configs/tiny_lora.yaml", *keys]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_trains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folders = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
     assert main([*arguments(folders[1]), "--trainer.devices=1"]) == 0

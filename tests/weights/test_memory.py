@@ -99,6 +99,7 @@ def _write_meta_twin(source: Path, folder: Path, config: LlamaConfig) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup"
 )
