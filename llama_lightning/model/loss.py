@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llama_lightning.records import IGNORE_INDEX
 
-# Positions whose logits are in memory at a time, at most: on a CPU, with a trained head, on a GPU.
+# Positions whose logits are in memory at a time, at most, and with a frozen head on a GPU.
 # 1,024 take 0.25 GiB in bf16 at the vocabulary of Llama 3, however many there are. Each chunk reads
 # a frozen head's weights twice, and without instructions for bf16 casts them: 915 positions took
 # 1.3 times the CPU time in chunks of 256, in fp32 1.1 times (2 cores of an AMD EPYC). A GPU, by
@@ -23,7 +23,7 @@ from llama_lightning.records import IGNORE_INDEX
 # 1,024 positions, at 2,048 four times that.
 # torch 2.13's linear_cross_entropy took 5 times as long in chunks of its own choice (2 cores of an
 # Intel Xeon).
-CPU_CHUNK, TRAINED_CHUNK, GPU_CHUNK = 1024, 1024, 512
+CHUNK, GPU_FROZEN_CHUNK = 1024, 512
 # Of those, positions whose softmax is computed at a time on a CPU: what it needs stays in the
 # cache, and the loss of 264 positions takes 0.9 of the CPU time with a frozen head of width 2,048,
 # and 0.6 with a trained one of 512 (the same Xeon). A GPU would wait for the launches.
@@ -38,9 +38,8 @@ def supervised_positions(labels: Tensor) -> Tensor:
 def _chunks(
     hidden_LD: Tensor, targets_L: Tensor, *, trained: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    size = CPU_CHUNK if hidden_LD.device.type == "cpu" else GPU_CHUNK
-    size = TRAINED_CHUNK if trained else size
-    count = max(1, math.ceil(len(targets_L) / size))  # of one size: what few rows cost, many do
+    size = CHUNK if trained or hidden_LD.device.type == "cpu" else GPU_FROZEN_CHUNK
+    count = max(1, math.ceil(len(targets_L) / size))  # of one size: few left over cost much
     parts = (tensor.tensor_split(count) for tensor in (hidden_LD, targets_L))
     return zip(*parts, strict=True)
 

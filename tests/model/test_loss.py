@@ -174,7 +174,7 @@ def _plain_loss(model: Llama, batch: Flat) -> Tensor:
 def test_a_frozen_heads_loss_in_chunks_has_the_plain_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llama_lightning.model.loss.CPU_CHUNK", 40)  # not a multiple of the rows
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 40)  # not a multiple of the rows
     head = nn.Linear(8, 50, bias=False, dtype=torch.float64).requires_grad_(False)
     hidden = torch.randn(300, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(50, (300,))
@@ -192,7 +192,7 @@ def test_a_frozen_heads_loss_in_chunks_has_the_plain_gradient(
 def test_the_loss_in_chunks_has_the_plain_gradient_in_full_fine_tuning(
     tied: bool, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_lightning.model.loss.TRAINED_CHUNK", chunk)
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", chunk)
     model = small_llama(small_config(tie_word_embeddings=tied), std=0.05).to(dtype)
     batch = flat_batch(random_records(SHAPES))
     losses, gradients = [], []
@@ -209,7 +209,7 @@ def test_the_loss_in_chunks_has_the_plain_gradient_in_full_fine_tuning(
 
 
 def test_the_loss_in_chunks_trains_a_head_with_lora_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_lightning.model.loss.TRAINED_CHUNK", 128)
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 128)
     head = LoRALinear(nn.Linear(8, 50, bias=False), LORA, torch.float32).double()
     head.base_layer.requires_grad_(False)
     nn.init.normal_(head.lora_B.weight)
@@ -234,7 +234,7 @@ def _rows_seen(module: nn.Module) -> list[int]:
 def test_only_supervised_positions_meet_the_head_and_the_last_mlp(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llama_lightning.model.loss.TRAINED_CHUNK", 32)
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 32)
     model, batch = small_llama(), flat_batch(random_records(SHAPES))
     num_targets = sum(length - prompt for length, prompt in SHAPES)
     head = _rows_seen(model.lm_head)
@@ -252,7 +252,7 @@ def test_only_supervised_positions_meet_the_head_and_the_last_mlp(
 
 
 def test_evaluation_sums_the_loss_and_counts_hits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_lightning.model.loss.CPU_CHUNK", 4)
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 4)
     head = nn.Linear(8, 5, bias=False)
     hidden, targets = torch.randn(10, 8), torch.randint(5, (10,))
     loss, hits = loss_and_hits(hidden, targets, head)
@@ -292,7 +292,7 @@ def test_chunks_hardly_round_a_16_bit_heads_gradient(
     summed_cross_entropy(hidden.double(), targets, exact).backward()
     errors = []
     for chunk in (512, 4):
-        monkeypatch.setattr("llama_lightning.model.loss.TRAINED_CHUNK", chunk)
+        monkeypatch.setattr("llama_lightning.model.loss.CHUNK", chunk)
         head.zero_grad()
         summed_cross_entropy(hidden, targets, head).backward()
         errors.append(relative_difference(head.weight.grad.double(), exact.weight.grad))
