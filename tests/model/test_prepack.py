@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_lightning.model import fbgemm, prepack
+from llama_lightning.model import fbgemm, linear, prepack
 from llama_lightning.model.linear import Linear
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
@@ -36,7 +36,8 @@ ROWS = 8
 )
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The layout that is taken: of a CPU with instructions for bf16, and of one without."""
-    monkeypatch.setattr(prepack, "CPU_HAS_BF16", request.param == "oneDNN")
+    for module in (prepack, linear):
+        monkeypatch.setattr(module, "CPU_HAS_BF16", request.param == "oneDNN")
     if request.param == "table":
         monkeypatch.setattr(prepack, "FP16_MIN_ROWS", ROWS + 1)
     monkeypatch.setattr(fbgemm, "FP16_PART", 2**14)
