@@ -24,8 +24,8 @@ from llama_lightning.model import fbgemm
 from llama_lightning.model.embedding_table import BF16Matrix
 from llama_lightning.model.linear import CPU_HAS_BF16, Linear
 
-# For one row a table of embeddings is about as fast, and packed in a fifth of the time.
-FP16_MIN_ROWS = 2
+# fp16 is about as fast at one row, and packed in five times the time.
+TABLE_MAX_ROWS = 1
 
 
 class PrepackedLinear(nn.Module):
@@ -102,13 +102,13 @@ class FP16Linear(FBGEMMLinear):
 
 def _layout(rows: int) -> type[PrepackedLinear] | None:
     """Name the layout that pays on this processor, where torch has the kernels."""
+    if rows <= TABLE_MAX_ROWS and fbgemm.is_there():
+        return BF16Linear
     if CPU_HAS_BF16:
         ops = torch.ops.mkldnn
         there = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
         return OneDNNLinear if there else None
-    if not fbgemm.is_there():
-        return None
-    return FP16Linear if rows >= FP16_MIN_ROWS else BF16Linear
+    return FP16Linear if fbgemm.is_there() else None
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
         return name, None if layer is None or linears[name].weight.nbytes else layer.unpacked()
 
     # Threads make tensors only, and what is abandoned changes no model.
-    in_turn = map if CPU_HAS_BF16 else fbgemm.in_threads
+    in_turn = map if layout is OneDNNLinear else fbgemm.in_threads
     largest_first = sorted(linears, key=lambda name: -linears[name].weight.numel())
     try:
         for name, layer in in_turn(pack, largest_first):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_lightning.model import fbgemm
+from llama_lightning.model import embedding_table, fbgemm
 from llama_lightning.model.embedding_table import GROUP, PART, BF16Matrix
+from llama_lightning.model.linear import has_bf16_products
 
 pytestmark = pytest.mark.skipif(not fbgemm.is_there(), reason="no FBGEMM on this processor")
 
@@ -20,6 +21,15 @@ SIZES = [
     (33, (PART + 1) * GROUP + 7),
 ]
 
+# What multiplies several rows: fp32 where there are no instructions for bf16.
+HAS_BF16 = [
+    False,
+    pytest.param(
+        True,
+        marks=pytest.mark.skipif(not has_bf16_products(), reason="this CPU has no bf16 in oneDNN"),
+    ),
+]
+
 
 def _whole_numbers(*sizes: int) -> Tensor:
     """Numbers whose sums of 16 products are exact in any order, and in bf16."""
@@ -29,9 +39,15 @@ def _whole_numbers(*sizes: int) -> Tensor:
 @pytest.mark.parametrize("rows", [0, 1, 2, 40])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("has_bf16", HAS_BF16)
 def test_a_product_is_the_exact_one_rounded(
-    sizes: tuple[int, int], rows: int, autocast: bool
+    sizes: tuple[int, int],
+    rows: int,
+    autocast: bool,
+    has_bf16: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(embedding_table, "CPU_HAS_BF16", has_bf16)
     inputs, outputs = sizes
     torch.manual_seed(0)
     x = torch.randn(rows, inputs).bfloat16()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_lightning.model import fbgemm, linear, prepack
+from llama_lightning.model import fbgemm, prepack
 from llama_lightning.model.linear import Linear
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.prepack import (
-    FP16_MIN_ROWS,
+    TABLE_MAX_ROWS,
     BF16Linear,
     FP16Linear,
     OneDNNLinear,
@@ -27,6 +27,11 @@ needs_fbgemm = pytest.mark.skipif(not fbgemm.is_there(), reason="no FBGEMM on th
 ROWS = 8
 
 
+def _pretend(monkeypatch: pytest.MonkeyPatch, *, has_bf16: bool) -> None:
+    for module in ("linear", "embedding_table", "prepack"):
+        monkeypatch.setattr(f"llama_lightning.model.{module}.CPU_HAS_BF16", has_bf16)
+
+
 @pytest.fixture(
     params=[
         pytest.param("oneDNN", marks=needs_onednn),
@@ -36,10 +41,9 @@ ROWS = 8
 )
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The layout that is taken: of a CPU with instructions for bf16, and of one without."""
-    for module in (prepack, linear):
-        monkeypatch.setattr(module, "CPU_HAS_BF16", request.param == "oneDNN")
+    _pretend(monkeypatch, has_bf16=request.param == "oneDNN")
     if request.param == "table":
-        monkeypatch.setattr(prepack, "FP16_MIN_ROWS", ROWS + 1)
+        monkeypatch.setattr(prepack, "TABLE_MAX_ROWS", ROWS)
     monkeypatch.setattr(fbgemm, "FP16_PART", 2**14)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     return str(request.param)
@@ -68,20 +72,23 @@ def _logits(model: Llama, rows: int, kind: type) -> tuple[Tensor, Tensor, Tensor
 
 
 @needs_onednn
-@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("rows", [2, 8, 33])
 def test_logits_by_onednn_are_equal_bit_for_bit(rows: int) -> None:
     _, plain, packed = _logits(_lora_model(), rows, OneDNNLinear)
     assert torch.equal(packed, plain)
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+@pytest.mark.parametrize(
+    ("rows", "has_bf16"),
+    [(1, False), (2, False), (8, False), (33, False), pytest.param(1, True, marks=needs_onednn)],
+)
 def test_logits_by_fbgemm_are_as_near_to_float64s(
-    rows: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepack, "CPU_HAS_BF16", False)
+    _pretend(monkeypatch, has_bf16=has_bf16)
     model = _lora_model()
-    kind = FP16Linear if rows >= FP16_MIN_ROWS else BF16Linear
+    kind = FP16Linear if rows > TABLE_MAX_ROWS else BF16Linear
     tokens, plain, packed = _logits(model, rows, kind)
     with torch.inference_mode():
         exact = model.double()(tokens)
@@ -176,14 +183,14 @@ def test_other_types_stay_as_they_are(layout: str) -> None:
 
 @needs_fbgemm
 def test_fp16_leaves_what_it_cannot_hold_and_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepack, "CPU_HAS_BF16", False)
+    _pretend(monkeypatch, has_bf16=False)
     model = nn.Sequential(Linear(64, 64), Linear(64, 64)).bfloat16()
-    with prepacked(model, FP16_MIN_ROWS - 1):
+    with prepacked(model, TABLE_MAX_ROWS):
         assert _kinds(model)[1:] == [BF16Linear, BF16Linear]
     with torch.no_grad():
         model[0].weight[3, 5] = torch.inf
     before = model[0].weight.detach().clone()
-    with prepacked(model, FP16_MIN_ROWS):
+    with prepacked(model, TABLE_MAX_ROWS + 1):
         assert isinstance(model[1], PrepackedLinear)
         assert type(model[0]) is Linear
     assert torch.equal(model[0].weight, before)
