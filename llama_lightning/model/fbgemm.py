@@ -30,6 +30,11 @@ LEAST_EXPONENT, MOST_EXPONENT = -100, 16
 MAX_CODE = 127  # of a weight in int8
 # FBGEMM adds 64 to an input; where it has no better instructions, it adds two products in 16 bits.
 ZERO, MAX_INPUT = 64, 63
+PARTS = 2 * MAX_INPUT  # of a step of inputs that are no whole numbers
+# By how much a product by codes is off: an input by half a part of a step, and rounding, at the
+# largest code; and two sums of I products in fp32, of codes up to 127, by less than I 2^-16 of the
+# sum of |x|, of which as much again is left for what else rounds.
+INPUT_ERROR, SUM_ERROR = 1.01 * MAX_CODE / 2 / PARTS, 2**-15
 
 
 class FP16RangeError(ValueError):
@@ -137,17 +142,25 @@ class FP16Matrix:
         return weight
 
 
+def coded(weight: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Round weights (O, I), seen in bf16, to whole numbers from -127 to 127 times a scale (O, 1).
+
+    The numbers stand in `room`, fp32; scales of outputs that are not all finite are not either.
+    Source: LLM.int8() (arXiv 2208.07339).
+    """
+    wide = room[: len(weight)].copy_(weight.to(torch.bfloat16))
+    scales_O1 = (_largest(wide) / MAX_CODE).clamp_min_(torch.finfo(wide.dtype).tiny)
+    return wide.div_(scales_O1).round_(), scales_O1
+
+
 class Int8Matrix:
     """A matrix in codes of 8 bits with one scale for each output, and so not what it was.
-
-    Source: LLM.int8() (arXiv 2208.07339).
 
     Args:
         weight: (O, I) on the CPU; seen in bf16.
 
     Attributes:
-        scales_O: by which codes are to be multiplied; those of an output that is not all finite
-            numbers are not finite either.
+        scales_O: by which codes are to be multiplied.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -170,9 +183,7 @@ class Int8Matrix:
         num_outputs = _num_outputs(CODED, weight.shape[1])
         wide_room = torch.empty(num_outputs, weight.shape[1], dtype=torch.float32)
         for part, part_codes, scales in _split(num_outputs, weight, codes, scales_O1):
-            wide = wide_room[: len(part)].copy_(part.to(torch.bfloat16))
-            scales[:] = (_largest(wide) / MAX_CODE).clamp_min_(torch.finfo(wide.dtype).tiny)
-            part_codes[:] = wide.div_(scales).round_()
+            part_codes[:], scales[:] = coded(part, wide_room)
         quantized = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
         return torch.ops.quantized.linear_prepack(quantized, None), scales_O1.squeeze(1)
 
@@ -183,3 +194,15 @@ class Int8Matrix:
         """
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         return torch.cat([product(x, 1.0, ZERO, part) for part in self.parts], -1)
+
+    def roughly(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply (M, I) in fp32 by the codes into (M, O); say how far off it may be, (M, 1)."""
+        # Whole numbers of steps first, then of parts of what is left of one.
+        step_M1 = x.abs().amax(1, keepdim=True) / MAX_INPUT
+        step_M1.clamp_min_(torch.finfo(x.dtype).tiny)
+        steps = x / step_M1
+        whole = steps.round()
+        rest = ((steps - whole) * PARTS).round()
+        of_whole, of_rest = self.product(torch.cat([whole, rest])).chunk(2)
+        off_M1 = step_M1 * INPUT_ERROR + x.abs().sum(1, keepdim=True) * SUM_ERROR
+        return (of_whole + of_rest / PARTS) * step_M1, off_M1 * x.shape[1]

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from llama_lightning.model import embedding_table, fbgemm
-from llama_lightning.model.embedding_table import GROUP, PART, BF16Matrix
+from llama_lightning.model.embedding_table import GROUP, PART, BF16Matrix, CodeTable
+from llama_lightning.model.fbgemm import Int8Matrix
 from llama_lightning.model.linear import has_bf16_products
 
 pytestmark = pytest.mark.skipif(not fbgemm.is_there(), reason="no FBGEMM on this processor")
@@ -109,3 +110,39 @@ def test_what_is_no_number_shows_where_it_belongs(rows: int, number: float) -> N
     torch.testing.assert_close(
         BF16Matrix(weight).product(x).float(), expected, rtol=0, atol=0, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("sizes", [*SIZES, (2048, GROUP), (8192, 40)])
+def test_a_product_by_codes_is_no_further_off_than_it_says(
+    sizes: tuple[int, int], rows: int
+) -> None:
+    inputs, outputs = sizes
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    table = CodeTable(weight)
+    sums, off = table.roughly(x)
+    codes = (weight.bfloat16().float() / table.scales_O[:, None]).round()
+    assert torch.equal(codes.abs().amax(1), torch.full((outputs,), 127.0))
+    assert sums.dtype == torch.float32
+    parts = (sums.double() - x.double() @ codes.double().T).abs() / off
+    print(f"{sizes}, {rows} rows: {parts.max() if rows else 0:.4f} of what it says")
+    assert sums.shape == (rows, outputs)
+    assert (parts <= 1).all()
+
+
+def test_both_kinds_of_codes_are_the_same() -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(300, 24) * torch.logspace(-3, 3, 300)[:, None]).bfloat16()
+    table, packed, x = CodeTable(weight), Int8Matrix(weight), torch.eye(24)
+    assert torch.equal(table.scales_O, packed.scales_O)
+    assert torch.equal(table.roughly(x)[0], packed.product(x))
+
+
+def test_a_table_of_codes_is_the_same_where_bf16_is_the_default_type() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(130, 24), torch.randn(1, 24)
+    found = CodeTable(weight).roughly(x)
+    torch.set_default_dtype(torch.bfloat16)
+    for one, other in zip(CodeTable(weight).roughly(x), found, strict=True):
+        assert torch.equal(one, other)

@@ -1,20 +1,21 @@
 """A screened head finds the token that the whole product gives, and goes as it came."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from llama_lightning.model import fbgemm, screened_head
-from llama_lightning.model.fbgemm import MAX_CODE, MAX_INPUT
+from llama_lightning.model.embedding_table import CodeTable
+from llama_lightning.model.fbgemm import INPUT_ERROR, MAX_CODE, MAX_INPUT, Int8Matrix
 from llama_lightning.model.linear import Linear
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, LoRALinear, inject_lora
 from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.model.screened_head import (
     CODE_ERROR,
-    INPUT_ERROR,
     LOGIT_ERROR,
     MAX_ROWS,
     ScreenedHead,
@@ -27,6 +28,15 @@ from tests.model.oracle import small_config, small_llama
 pytestmark = pytest.mark.skipif(not fbgemm.is_there(), reason="no FBGEMM on this processor")
 
 V, D, ROWS = 4096, 256, 8
+
+
+@pytest.fixture(params=[Int8Matrix, CodeTable])
+def matrix(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """What multiplies by the codes, whatever the processor."""
+    most = ROWS if request.param is CodeTable else 0
+    monkeypatch.setattr(screened_head, "TABLE_MAX_ROWS", most)
+    kind: type = request.param
+    return kind
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -98,11 +108,13 @@ DRAWS += [_no_numbers, _infinite_weight]
 @pytest.mark.parametrize("draw", DRAWS, ids=[draw.__name__ for draw in DRAWS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_likeliest_token_is_the_whole_products(
-    draw: Callable[[], tuple[Tensor, Tensor]], dtype: torch.dtype
+    draw: Callable[[], tuple[Tensor, Tensor]], dtype: torch.dtype, matrix: type
 ) -> None:
     torch.manual_seed(0)
     x, weight = (t.to(dtype) for t in draw())
-    logits = ScreenedHead(weight)(x)
+    head = ScreenedHead(weight, ROWS)
+    assert type(head.codes) is matrix
+    logits = head(x)
     whole = _logits(x, weight)
     kept = logits > -torch.inf
     print(f"{draw.__name__}: {kept.any(0).sum()} of {V} tokens computed")
@@ -117,12 +129,12 @@ def test_the_whole_product_is_the_networks_own() -> None:
     head = Linear(D, V, bias=False).bfloat16()
     x = torch.randn(ROWS, 3, D).bfloat16()
     with torch.inference_mode():
-        own, screened_logits = head(x), ScreenedHead(head.weight)(x)
+        own, screened_logits = head(x), ScreenedHead(head.weight, ROWS)(x)
     assert torch.equal(screened_logits.max(-1).indices, own.max(-1).indices)
 
 
-def test_any_view_of_hidden_states_will_do() -> None:
-    head = ScreenedHead(_even()[1])
+def test_any_view_of_hidden_states_will_do(matrix: type) -> None:
+    head = ScreenedHead(_even()[1], ROWS)
     x = torch.randint(-8, 9, (3, D + 1)).bfloat16()
     for view in (x[:, 1:], x[:, 1:].T.contiguous().T, x[:0, 1:], x[None, :, 1:]):
         assert head(view).shape == (*view.shape[:-1], V)
@@ -166,24 +178,29 @@ def _rounded_to_one() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("draw", "part", "smaller"),
+    ("matrix", "draw", "where", "part", "smaller"),
     [
-        (_rounded_against, "CODE_ERROR", 0.85 * CODE_ERROR),
-        (_inputs_rounded, "INPUT_ERROR", 0.9 * INPUT_ERROR),
-        (_rounded_to_one, "LOGIT_ERROR", LOGIT_ERROR / 4),
+        (Int8Matrix, _rounded_against, screened_head, "CODE_ERROR", 0.85 * CODE_ERROR),
+        (Int8Matrix, _inputs_rounded, fbgemm, "INPUT_ERROR", 0.9 * INPUT_ERROR),
+        (Int8Matrix, _rounded_to_one, screened_head, "LOGIT_ERROR", LOGIT_ERROR / 4),
+        (CodeTable, _rounded_against, screened_head, "CODE_ERROR", 0.85 * CODE_ERROR),
+        (CodeTable, _rounded_to_one, screened_head, "LOGIT_ERROR", LOGIT_ERROR / 4),
     ],
+    indirect=["matrix"],
 )
+@pytest.mark.usefixtures("matrix")
 def test_without_the_whole_bound_another_token_wins(
     draw: Callable[[], tuple[Tensor, Tensor]],
+    where: ModuleType,
     part: str,
     smaller: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
     x, weight = draw()
-    head, token = ScreenedHead(weight), _logits(x, weight).max(-1).indices
+    head, token = ScreenedHead(weight, len(x)), _logits(x, weight).max(-1).indices
     assert torch.equal(head(x).max(-1).indices, token)
-    monkeypatch.setattr(screened_head, part, smaller)
+    monkeypatch.setattr(where, part, smaller)
     found = head(x).max(-1).indices
     print(f"{part} {smaller}: tokens {found.tolist()} for {token.tolist()}")
     assert not torch.equal(found, token)
