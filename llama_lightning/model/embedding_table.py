@@ -113,10 +113,10 @@ class CodeTable:
     def __init__(self, weight: Tensor) -> None:
         outputs, inputs = weight.shape
         self.num_outputs = outputs
-        self.rows_GIW = torch.empty(
-            -(-outputs // GROUP), inputs, GROUP + len(ROW_END), dtype=torch.uint8
-        )
-        self.scales_O = torch.empty(outputs, dtype=torch.float32)
+        shape = -(-outputs // GROUP), inputs, GROUP + len(ROW_END)
+        with torch.inference_mode(False):  # as threads are, which write into these
+            self.rows_GIW = torch.empty(shape, dtype=torch.uint8)
+            self.scales_O = torch.empty(outputs, dtype=torch.float32)
         groups = list(
             zip(
                 torch.split(weight, GROUP),

@@ -124,11 +124,11 @@ def test_the_likeliest_token_is_the_whole_products(
         assert kept.any(0).sum() < V / 4
 
 
-def test_the_whole_product_is_the_networks_own() -> None:
+def test_the_whole_product_is_the_networks_own(matrix: type) -> None:
     torch.manual_seed(0)
     head = Linear(D, V, bias=False).bfloat16()
     x = torch.randn(ROWS, 3, D).bfloat16()
-    with torch.inference_mode():
+    with torch.inference_mode():  # as Lightning predicts
         own, screened_logits = head(x), ScreenedHead(head.weight, ROWS)(x)
     assert torch.equal(screened_logits.max(-1).indices, own.max(-1).indices)
 
