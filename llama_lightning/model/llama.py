@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from llama_lightning.model.attention import RaggedRows, attention, ragged_rows
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.kv_cache import KVCache
-from llama_lightning.model.linear import Linear
+from llama_lightning.model.linear import ROW_MULTIPLE, Linear, fills_up_rows
 from llama_lightning.model.rope import apply_rope, inverse_frequencies, rope_tables
 from llama_lightning.records import Prefixes
 
@@ -176,6 +176,16 @@ class Backbone(nn.Module):
             tokens, positions = tokens[prefixes.distinct], positions[prefixes.distinct]
             shared = prefixes.representative
             wanted = shared if wanted is None else shared[wanted]
+        num_wanted = None
+        if rows is not None and fills_up_rows(self.embed_tokens.weight):
+            wanted = torch.arange(len(tokens)) if wanted is None else wanted
+            num_wanted = len(wanted)
+            # Others' rows once more, which nobody asks for.
+            tokens, positions, wanted, from_cells = (
+                F.pad(each, (0, -len(each) % ROW_MULTIPLE))
+                for each in (tokens, positions, wanted, rows.from_cells)
+            )
+            rows = rows._replace(from_cells=from_cells)
         # The frequencies are a function of the config alone: nothing to load, nothing to cast.
         rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device))
         x = self.embed_tokens(tokens)
@@ -186,7 +196,7 @@ class Backbone(nn.Module):
             last = block is self.layers[-1]
             x = self.run_block(block, x, rope, rows, cache, mask, wanted if last else None)
         out: Tensor = self.norm(x)
-        return out
+        return out[:num_wanted]
 
 
 class Llama(nn.Module):

@@ -27,10 +27,12 @@ def machine_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().split("\n")
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = re.sub(r"\((R|TM)\)", "", names[0]) if names else platform.machine()
-    return f"{os.cpu_count()} cores of {name}"
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n")]
+    said = {key.strip(): text.strip() for key, _, text in lines}  # by the last core
+    name = re.sub(r"\((R|TM)\)", "", said.get("model name", platform.machine()))
+    # Processors of one name, as virtual ones are called, may differ in what decides most.
+    amx = " with AMX" if "amx_bf16" in said.get("flags", "").split() else ""
+    return f"{os.cpu_count()} cores of {name}{amx}"
 
 
 def synchronize(device: str) -> None:

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from llama_lightning.data.prefixes import find_prefixes
+from llama_lightning.model import linear, llama
 from llama_lightning.model.block_runner import BlockRunner
+from llama_lightning.model.linear import ROW_MULTIPLE
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.loss import summed_cross_entropy, supervised_positions
@@ -95,6 +97,52 @@ def test_loss_and_gradients_are_those_of_each_record_apart(
     assert len(prefixes.distinct) < 0.6 * len(batch.tokens)
     assert loss_error <= BOUNDS[dtype]
     assert worst <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_rows_that_are_filled_up_change_no_number(
+    kind: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_llama(std=0.05).double()
+    if kind == "lora":
+        inject_lora(model, LoRAConfig(rank=8), dtype=torch.float64)
+        randomise_lora(model)
+    batch = flat_batch(_records())
+    prefixes = _prefixes(batch) if shared else None
+    given = {"positions": batch.positions, "boundaries": batch.boundaries, "prefixes": prefixes}
+    numbers: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda _, args, out: numbers.append(len(out)))
+    found = []
+    for fills_up in (False, True):
+        monkeypatch.setattr(llama, "fills_up_rows", lambda weight, filled=fills_up: filled)
+        loss, gradients = _step(model, batch, prefixes)
+        found.append({"loss": loss, "hidden": model.model(batch.tokens, **given), **gradients})
+    half = len(numbers) // 2
+    print(f"rows of each layer: {numbers[:half]}, filled up {numbers[half:]}")
+    assert any(number % ROW_MULTIPLE for number in numbers[:half])
+    assert not any(number % ROW_MULTIPLE for number in numbers[half:])
+    plain, filled = found
+    worst = max(relative_difference(filled[name], plain[name]) for name in plain)
+    print(f"{kind}: worst difference {worst:.1e}")
+    assert filled["hidden"].shape == plain["hidden"].shape == (len(batch.tokens), SMALL.hidden_size)
+    assert worst <= 1e-12
+
+
+def test_only_bf16_on_a_cpu_with_instructions_for_it_is_filled_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    narrow, wide, double = (torch.empty(1, dtype=d) for d in (torch.bfloat16, *BOUNDS))
+    monkeypatch.setattr(linear, "CPU_HAS_BF16", True)
+    assert linear.fills_up_rows(narrow)
+    assert not linear.fills_up_rows(wide)
+    assert not linear.fills_up_rows(narrow.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear.fills_up_rows(wide)
+        assert not linear.fills_up_rows(double)
+    monkeypatch.setattr(linear, "CPU_HAS_BF16", False)
+    assert not linear.fills_up_rows(narrow)
 
 
 def _too_much(batch: Flat, prefixes: Prefixes) -> Prefixes:
