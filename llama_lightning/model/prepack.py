@@ -1,15 +1,15 @@
 """Lay bf16 weights out once for the products of a CPU, for as long as tokens are generated.
 
-With instructions for bf16, oneDNN multiplies by a matrix in blocks of its own layout, into which an
-ordinary product brings the weight again each time. The products are equal bit for bit. A decode
-step of the 1B shape with 4 layers takes 92 instead of 120 ms of CPU time at 1 row, 176 instead of
-204 ms at 8; packing and unpacking cost as much as some 10 steps of one row (2 cores of an Intel
-Xeon).
+For a single row FBGEMM adds up a table of embeddings, which is packed and unpacked in 0.1 s a
+block: a decode step of the 1B shape with 4 layers takes 48 instead of 60 ms (2 cores of an AMD
+EPYC), and its matrices two thirds of the time of oneDNN's (2 cores of an Intel Xeon with AMX).
+For more, with instructions for bf16, oneDNN multiplies by a matrix in blocks of its own layout,
+into which an ordinary product brings the weight again each time. The products are equal bit for
+bit. A decode step takes 176 instead of 204 ms of CPU time at 8 rows; packing and unpacking cost as
+much as some 10 steps of one row (2 cores of an Intel Xeon without AMX).
 Without them, FBGEMM multiplies by a matrix in fp16, where a bf16 weight times a power of two is the
 same. A block's products of the 1B shape take 7.5 instead of 13 ms at 2 rows, 12 instead of 35 at 8
-and 34 instead of 50 at 32; packing it takes 0.6 s and unpacking 0.5. For a single row FBGEMM adds
-up a table of embeddings, which is packed and unpacked in 0.1 s: a decode step of 4 layers takes 48
-instead of 60 ms (2 cores of an AMD EPYC).
+and 34 instead of 50 at 32; packing it takes 0.6 s and unpacking 0.5 (the EPYC).
 """
 
 from collections import Counter
