@@ -4,7 +4,7 @@ A row of the table is what one input is multiplied by for a group of outputs. A 
 rows, each weighted by its input, sums to the group's outputs. FBGEMM's kernel for that, in torch on
 x86-64, reads the 1B shape's matrices at 19 to 22 GB/s, torch's product of a row and a bf16 matrix
 at 16 to 18 (2 cores of an AMD EPYC with AVX2, on which others read too). On 2 cores of an Intel
-Xeon it reads them at 19, oneDNN in its own layout at 12 to 14 while others read too.
+Xeon with AMX it reads them at 19, oneDNN in its own layout at 12 to 14 while others read too.
 Letters: M rows, I inputs, O outputs, G groups of W outputs.
 """
 
@@ -117,23 +117,16 @@ class CodeTable:
         with torch.inference_mode(False):  # as threads are, which write into these
             self.rows_GIW = torch.empty(shape, dtype=torch.uint8)
             self.scales_O = torch.empty(outputs, dtype=torch.float32)
-        groups = list(
-            zip(
-                torch.split(weight, GROUP),
-                torch.split(self.scales_O, GROUP),
-                self.rows_GIW,
-                strict=True,
-            )
-        )
+        parts, scales = (torch.split(tensor, GROUP) for tensor in (weight, self.scales_O))
 
-        def write(number: int) -> None:
-            part, scales_W, rows_IW = groups[number]
+        def write(group: tuple[Tensor, Tensor, Tensor]) -> None:
+            part, scales_W, rows_IW = group
             room = torch.empty(len(part), inputs, dtype=torch.float32)
             codes, scales_W[:, None] = fbgemm.coded(part, room)
             rows_IW[:, : len(part)] = codes.add_(BYTE_ZERO).T
             rows_IW[:, GROUP:] = ROW_END
 
-        for _ in fbgemm.in_threads(write, range(len(groups))):
+        for _ in fbgemm.in_threads(write, zip(parts, scales, self.rows_GIW, strict=True)):
             pass
 
     def roughly(self, x: Tensor) -> tuple[Tensor, Tensor]:

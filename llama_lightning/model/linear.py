@@ -23,7 +23,7 @@ FEW_ROWS, FEW_BLOCK, BLOCK = 64, 2**20, 2**22
 # 503 take 1.1 times as long; 126, as 128, 0.85 of what they take as 126 or on the left (CPU time,
 # the same cores).
 MANY_ROWS, TILE = 256, 16
-# With instructions for bf16, oneDNN makes a kernel for each number of rows and keeps some hundreds:
+# With instructions for bf16, oneDNN makes kernels for each number of rows and keeps only so many:
 # the first products of a block take 0.25 s more. Micro-batches filled up to multiples of 32 share
 # kernels, and 16 steps of some 300 rows take 0.87 of the CPU time (1B shape with 4 layers, 2 cores
 # of an Intel Xeon with AMX).

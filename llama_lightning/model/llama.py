@@ -180,7 +180,7 @@ class Backbone(nn.Module):
         if rows is not None and fills_up_rows(self.embed_tokens.weight):
             wanted = torch.arange(len(tokens)) if wanted is None else wanted
             num_wanted = len(wanted)
-            # Of the first token at position 0, which nobody asks for.
+            # With token 0 at position 0, which nobody asks for.
             tokens, positions, wanted, from_cells = (
                 F.pad(each, (0, -len(each) % ROW_MULTIPLE))
                 for each in (tokens, positions, wanted, rows.from_cells)
