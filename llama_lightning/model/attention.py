@@ -147,6 +147,8 @@ def attention(
         groups = q.shape[2] // num_kv_heads
         q = q.transpose(1, 2).reshape(len(q), num_kv_heads, groups * num_tokens, -1)
         mask = mask.repeat(1, 1, groups, 1)
+        # Of a product that left its rows apart (prepack.py), q would be taken a slow way.
+        q = q.contiguous()
         out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
         return out.reshape(len(q), num_kv_heads * groups, num_tokens, -1).transpose(1, 2)
     if rows is None:

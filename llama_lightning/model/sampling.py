@@ -125,7 +125,8 @@ def next_tokens(
         # The first of equals, like argmax, which takes 6 times as long on a CPU: 8 rows of 128,256
         # logits cost 2 % of a decode step at the 1B shape with 4 layers.
         return logits_BV.max(-1).indices
-    cumulative_BV = probabilities(logits_BV, config).cumsum(-1)
+    # Rows that a product left apart (prepack.py) would be sorted in 1.3 times the time.
+    cumulative_BV = probabilities(logits_BV.contiguous(), config).cumsum(-1)
     draws_B1 = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
     # The sum may end a rounding below 1: scale the draw instead of falling off the end.
     draws_B1 = draws_B1.to(logits_BV.device) * cumulative_BV[:, -1:]

@@ -11,9 +11,11 @@ from llama_lightning.model.linear import Linear
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, inject_lora
 from llama_lightning.model.prepack import (
+    LEFT_MAX_ROWS,
     TABLE_MAX_ROWS,
     BF16Linear,
     FP16Linear,
+    LeftLinear,
     OneDNNLinear,
     PrepackedLinear,
     prepacked,
@@ -27,26 +29,29 @@ needs_fbgemm = pytest.mark.skipif(not fbgemm.is_there(), reason="no FBGEMM on th
 ROWS = 8
 
 
-def _pretend(monkeypatch: pytest.MonkeyPatch, *, has_bf16: bool) -> None:
+def _pretend(monkeypatch: pytest.MonkeyPatch, *, has_bf16: bool, has_amx: bool = False) -> None:
     for module in ("linear", "embedding_table", "prepack"):
         monkeypatch.setattr(f"llama_lightning.model.{module}.CPU_HAS_BF16", has_bf16)
+    monkeypatch.setattr(prepack, "CPU_HAS_AMX", has_amx)
 
 
 @pytest.fixture(
     params=[
+        "left",
         pytest.param("oneDNN", marks=needs_onednn),
         pytest.param("table", marks=needs_fbgemm),
         pytest.param("fp16", marks=needs_fbgemm),
     ]
 )
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The layout that is taken: of a CPU with instructions for bf16, and of one without."""
-    _pretend(monkeypatch, has_bf16=request.param == "oneDNN")
-    if request.param == "table":
+    """The layout that is taken: of a CPU with AMX, with instructions for bf16, and without."""
+    name = str(request.param)
+    _pretend(monkeypatch, has_bf16=name in ("left", "oneDNN"), has_amx=name == "left")
+    if name == "table":
         monkeypatch.setattr(prepack, "TABLE_MAX_ROWS", ROWS)
     monkeypatch.setattr(fbgemm, "FP16_PART", 2**14)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    return str(request.param)
+    return name
 
 
 def _lora_model() -> Llama:
@@ -73,28 +78,41 @@ def _logits(model: Llama, rows: int, kind: type) -> tuple[Tensor, Tensor, Tensor
 
 @needs_onednn
 @pytest.mark.parametrize("rows", [2, 8, 33])
-def test_logits_by_onednn_are_equal_bit_for_bit(rows: int) -> None:
+def test_logits_by_onednn_are_equal_bit_for_bit(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, has_bf16=True)
     _, plain, packed = _logits(_lora_model(), rows, OneDNNLinear)
     assert torch.equal(packed, plain)
 
 
-@needs_fbgemm
 @pytest.mark.parametrize(
-    ("rows", "has_bf16"),
-    [(1, False), (2, False), (8, False), (33, False), pytest.param(1, True, marks=needs_onednn)],
+    ("rows", "processor", "kind"),
+    [
+        *((rows, "with AMX", LeftLinear) for rows in (1, 2, 8, 33, LEFT_MAX_ROWS + 1)),
+        pytest.param(1, "with bf16", BF16Linear, marks=[needs_onednn, needs_fbgemm]),
+        pytest.param(1, "without", BF16Linear, marks=needs_fbgemm),
+        *(pytest.param(rows, "without", FP16Linear, marks=needs_fbgemm) for rows in (2, 8, 33)),
+    ],
 )
-def test_logits_by_fbgemm_are_as_near_to_float64s(
-    rows: int, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+def test_logits_are_as_near_to_float64s(
+    rows: int, processor: str, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _pretend(monkeypatch, has_bf16=has_bf16)
+    _pretend(monkeypatch, has_bf16=processor != "without", has_amx=processor == "with AMX")
     model = _lora_model()
-    kind = FP16Linear if rows > TABLE_MAX_ROWS else BF16Linear
     tokens, plain, packed = _logits(model, rows, kind)
     with torch.inference_mode():
         exact = model.double()(tokens)
     errors = [float((logits - exact).norm() / exact.norm()) for logits in (packed, plain)]
     print(f"{rows} rows: off by {errors[0]:.2e}, without packing by {errors[1]:.2e}")
     assert errors[0] < 1.1 * errors[1]
+
+
+def test_with_amx_a_bf16_weight_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, has_bf16=True, has_amx=True)
+    model = nn.Sequential(Linear(64, 64)).bfloat16()
+    place = model[0].weight.data_ptr()
+    with prepacked(model, ROWS):
+        assert model[0].packed.data_ptr() == place
+    assert model[0].weight.data_ptr() == place
 
 
 def test_all_layers_but_loras_own_are_packed_and_come_back(layout: str) -> None:
