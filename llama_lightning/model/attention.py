@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llama_lightning.model.kv_cache import NewTokens
 from llama_lightning.records import Prefixes
 
 # A row joins a grid when it fills at least this part of the grid's width: less padding is computed,
@@ -125,32 +126,47 @@ def end_to_end(
     return out if rows.prefixes is None else out.index_select(0, rows.prefixes.distinct)
 
 
+def _over_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    # The queries of one group stand beside each other as if they were tokens: heads are then as
+    # many as in the cache, and nothing in it is repeated.
+    num_tokens, num_kv_heads = q.shape[1], k.shape[1]
+    groups = q.shape[2] // num_kv_heads
+    q = q.transpose(1, 2).reshape(len(q), num_kv_heads, groups * num_tokens, -1)
+    # Of a product that left its rows apart (prepack.py), q would be taken a slow way.
+    q, mask = q.contiguous(), mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+    return out.reshape(len(q), num_kv_heads * groups, num_tokens, -1).transpose(1, 2)
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, rows: RaggedRows | None = None, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rows: RaggedRows | None = None,
+    new: NewTokens | None = None,
 ) -> Tensor:
     """Let each token attend to itself and to what came before it in its own row.
 
     Args:
-        q: (B, T, N, H) dense, or (T, N, H) flat with `rows`.
-        k: like q with K heads; with `mask`, all slots of a cache, (B, K, S, H).
+        q: (B, T, N, H) dense, or (T, N, H) flat with `rows` or `new`.
+        k: like q with K heads; with `new`, all slots of a cache, (B, K, S, H).
         v: like k.
         rows: the rows of a flat batch.
-        mask: (B, 1, T, S) bool, true where a cached slot may be seen.
+        new: the tokens, dense or flat, where k and v are a cache's.
 
     Returns:
         Like q.
     """
-    if mask is not None:
-        # The queries of one group stand beside each other as if they were tokens: heads are then as
-        # many as in the cache, and nothing in it is repeated.
-        num_tokens, num_kv_heads = q.shape[1], k.shape[1]
-        groups = q.shape[2] // num_kv_heads
-        q = q.transpose(1, 2).reshape(len(q), num_kv_heads, groups * num_tokens, -1)
-        mask = mask.repeat(1, 1, groups, 1)
-        # Of a product that left its rows apart (prepack.py), q would be taken a slow way.
-        q = q.contiguous()
-        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
-        return out.reshape(len(q), num_kv_heads * groups, num_tokens, -1).transpose(1, 2)
+    if new is not None:
+        if new.steps is None:
+            return _over_cache(q, k, v, new.mask)
+        # A row's tokens are looked at together, so they stand in a grid here and nowhere else. What
+        # pads beside them see does not matter.
+        cells = new.rows, new.steps
+        grid = q.new_zeros(len(k), new.mask.shape[2], *q.shape[1:])
+        grid[cells] = q
+        return _over_cache(grid, k, v, new.mask)[cells]
     if rows is None:
         return _causal(q, k, v)
     # The kernel computes in 16 bits, on Ampere and newer.

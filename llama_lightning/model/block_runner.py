@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_lightning.model.attention import RaggedRows, attention
 from llama_lightning.model.checkpointing import checkpointed
 from llama_lightning.model.compilation import compiled
-from llama_lightning.model.kv_cache import KVCache
+from llama_lightning.model.kv_cache import NewTokens
 from llama_lightning.model.llama import Block
 
 Checkpointing = bool | Literal["selective"]
@@ -39,17 +39,16 @@ class BlockRunner:
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         rows: RaggedRows | None,
-        cache: KVCache | None,
-        mask: Tensor | None,
+        new: NewTokens | None,
         wanted: Tensor | None,
     ) -> Tensor:
         """Transform (..., T, D) as the block does."""
-        compile = self.compile and cache is None
+        compile = self.compile and new is None
         run = _compiled_block if compile else Block.__call__
         selective = self.checkpointing == "selective"
         if self.checkpointing and torch.is_grad_enabled() and not (selective and compile):
             run = checkpointed(run, selective=selective)
-        out: Tensor = run(block, x, rope, rows, cache, mask, wanted)
+        out: Tensor = run(block, x, rope, rows, new, wanted)
         return out
 
 
@@ -66,12 +65,11 @@ def _compiled_block(
     x: Tensor,
     rope: tuple[Tensor, Tensor],
     rows: RaggedRows | None,
-    cache: KVCache | None,
-    mask: Tensor | None,
+    new: NewTokens | None,
     wanted: Tensor | None,
 ) -> Tensor:
     """Block.forward without a cache, compiled but for attention, whose grids differ by batch."""
-    assert cache is None
+    assert new is None
     q, k, v = compiled(_before)(block, x, rope)
-    out: Tensor = compiled(_behind)(block, x, attention(q, k, v, rows=rows, mask=mask), wanted)
+    out: Tensor = compiled(_behind)(block, x, attention(q, k, v, rows=rows), wanted)
     return out

@@ -2,8 +2,10 @@
 
 Rows are ragged: each has its own length. What stands behind a row's length is garbage and is hidden
 by the mask until it is overwritten.
-Letters: B rows, T new tokens, K kv heads, S slots, H head dimension.
+Letters: B rows, T new tokens, K kv heads, S slots, H head dimension; R new tokens of a flat batch.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,35 @@ from torch.nn import functional as F
 from llama_lightning.model.config import LlamaConfig
 
 GROWTH = 256  # `reserve` leaves a multiple of so many slots
+
+
+class NewTokens(NamedTuple):
+    """Tokens that come behind those of a cache: the same number a row, or a flat batch.
+
+    Attributes:
+        cache: they come to.
+        rows: (B, 1) or (R,), of the cache.
+        positions: (B, T) or (R,), in their rows, whose slots have these numbers.
+        steps: (R,): how many new tokens of its row come before; of a flat batch only.
+        mask: (B, 1, T, S) bool, true for the slots up to a token's own; T of the longest row.
+    """
+
+    cache: "KVCache"
+    rows: Tensor
+    positions: Tensor
+    steps: Tensor | None
+    mask: Tensor
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values, (B, T, K, H) or (R, K, H), and return all, each (B, K, S, H).
+
+        Raises:
+            IndexError: a row has no slot left.
+        """
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, :, self.positions] = k.to(keys.dtype)
+        values[self.rows, :, self.positions] = v.to(values.dtype)
+        return keys, values
 
 
 class KVCache:
@@ -41,31 +72,22 @@ class KVCache:
             lengths_B=torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
 
-    def positions(self, num_tokens: int) -> Tensor:
-        """Positions of the next `num_tokens` tokens of each row, (B, T)."""
-        return self.lengths_B[:, None] + torch.arange(num_tokens, device=self.lengths_B.device)
+    def new_tokens(self, num_tokens: int) -> NewTokens:
+        """Place the next `num_tokens` tokens of each row; the lengths stay until `advance`."""
+        device = self.lengths_B.device
+        rows_B1 = torch.arange(len(self.lengths_B), device=device)[:, None]
+        positions_BT = self.lengths_B[:, None] + torch.arange(num_tokens, device=device)
+        slots_S = torch.arange(self.keys[0].shape[2], device=device)
+        mask = (slots_S <= positions_BT[..., None]).unsqueeze(1)
+        return NewTokens(self, rows_B1, positions_BT, None, mask)
 
-    def mask(self, num_tokens: int) -> Tensor:
-        """Who sees whom: (B, 1, T, S) bool, true for the slots up to the token's own."""
-        slots = torch.arange(self.keys[0].shape[2], device=self.lengths_B.device)
-        return (slots <= self.positions(num_tokens)[..., None]).unsqueeze(1)
-
-    def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
-        """Write T new tokens behind each row's length and return all slots, each (B, K, S, H).
-
-        The lengths stay until `advance`, so that every layer of one forward writes to the same
-        slots.
-
-        Raises:
-            IndexError: a row has no slot left.
-        """
-        batch, num_tokens = k_BTKH.shape[:2]
-        keys, values = self.keys[layer], self.values[layer]
-        rows = torch.arange(batch, device=k_BTKH.device)[:, None]
-        slots = self.positions(num_tokens)
-        keys[rows, :, slots] = k_BTKH.to(keys.dtype)
-        values[rows, :, slots] = v_BTKH.to(values.dtype)
-        return keys, values
+    def new_flat_tokens(self, boundaries: Tensor) -> NewTokens:
+        """Place the next tokens of all rows, end to end: row b's from boundaries[b], (B + 1,)."""
+        lengths_B = boundaries.diff()
+        rows_R = torch.arange(len(lengths_B), device=boundaries.device).repeat_interleave(lengths_B)
+        steps_R = torch.arange(len(rows_R), device=boundaries.device) - boundaries[rows_R]
+        mask = self.new_tokens(int(lengths_B.max())).mask
+        return NewTokens(self, rows_R, self.lengths_B[rows_R] + steps_R, steps_R, mask)
 
     def advance(self, num_tokens_B: Tensor) -> None:
         """Count what was appended: row b grew by `num_tokens_B[b]` real tokens."""

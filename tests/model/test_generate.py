@@ -1,5 +1,6 @@
 """Generation is transformers' in greedy mode, and no row's text depends on its neighbours."""
 
+import itertools
 import weakref
 from collections.abc import Sequence
 
@@ -201,6 +202,36 @@ def test_cached_logits_equal_uncached() -> None:
     assert max(differences) <= 1e-4
 
 
+def test_prompts_end_to_end_equal_uncached() -> None:
+    model = small_llama().double()
+    parts = [[3, 9, 1], [4, 1, 2]]  # tokens of each row, and again
+    tokens = torch.randint(SMALL.vocab_size, (3, 12))
+    cache = KVCache.allocate(model.config, 3, 12, dtype=torch.float64, device=torch.device("cpu"))
+    differences = []
+    with torch.no_grad():
+        full = model.model(tokens)
+        for lengths in parts:
+            starts = cache.lengths_B.tolist()
+            places = [
+                (row, start + step)
+                for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+                for step in range(length)
+            ]
+            rows, steps = torch.tensor(places).T
+            boundaries = torch.tensor([0, *itertools.accumulate(lengths)])
+            # Twice, as keys and values that are not counted are written again.
+            for wanted in (None, boundaries[1:] - 1):
+                found = model.model(
+                    tokens[rows, steps], boundaries=boundaries, wanted=wanted, cache=cache
+                )
+                expected = full[rows, steps] if wanted is None else full[rows, steps][wanted]
+                differences.append(max_difference(found, expected))
+            cache.advance(torch.tensor(lengths))
+    print(f"max |end to end - uncached| {max(differences):.1e} (bound 1e-12)")
+    assert cache.lengths_B.tolist() == [7, 10, 3]
+    assert max(differences) <= 1e-12
+
+
 def test_kept_rows_go_on_as_before() -> None:
     model = small_llama()
     tokens = torch.randint(SMALL.vocab_size, (3, 6))
@@ -383,7 +414,9 @@ def test_a_cache_grows_layer_by_layer_and_rarely() -> None:
     config = small_config(num_hidden_layers=3)
     cache = KVCache.allocate(config, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
     for layer in range(3):
-        cache.append(layer, *(torch.full((2, 3, 2, config.head_dim), layer + 1.0),) * 2)
+        cache.new_tokens(3).write(
+            layer, *(torch.full((2, 3, 2, config.head_dim), layer + 1.0),) * 2
+        )
     with _Alive(cache.keys + cache.values) as alive:
         cache.reserve(200)
     print(f"tensors of before at each copy: {alive.counts}")
