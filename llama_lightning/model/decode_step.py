@@ -3,7 +3,7 @@
 On CUDA a step over few rows takes as long as the host takes to launch its dozens of kernels a
 layer. A CUDA graph launches all of them at once; it reads and writes the same memory each time.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-Letters: B running rows, V vocabulary.
+Letters: B running rows, D hidden size.
 """
 
 import warnings
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama_lightning.model.kv_cache import GROWTH, KVCache
-from llama_lightning.model.llama import Llama
+from llama_lightning.model.llama import Backbone
 
 # Work on memory that stays where it is; its result lies in such memory too.
 Step = Callable[[], Tensor]
@@ -87,38 +87,38 @@ class DecodeStep:
     shapes. A row behind the running ones then gets a key and value behind its length, which stays.
 
     Args:
-        model: in eval mode.
+        network: in eval mode.
         cache: of all rows.
         capture: for steps of one shape; without, each step has just the shape it needs.
     """
 
-    def __init__(self, model: Llama, cache: KVCache, capture: Capture | None) -> None:
-        self._model, self._cache, self._capture = model, cache, capture
+    def __init__(self, network: Backbone, cache: KVCache, capture: Capture | None) -> None:
+        self._network, self._cache, self._capture = network, cache, capture
         self._size, self._slots = cache.keys[0].shape[0], cache.keys[0].shape[2]
         self._tokens_B = torch.zeros_like(cache.lengths_B)
-        self._logits_BV: Tensor | None = None
+        self._hidden_BD: Tensor | None = None
         self._steps_at: Counter[tuple[int, int]] = Counter()
         self._captured: dict[tuple[int, int], Step] = {}
 
     def __call__(self, tokens_B: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Append each running row's token and return the logits behind it, until the next call.
+        """Append each running row's token and return its hidden state, until the next call.
 
         Args:
             tokens_B: of the first B rows.
             lengths: of all rows, as in the cache, which is not asked: the host would wait for it.
 
         Returns:
-            (B, V)
+            (B, D)
         """
         num = len(tokens_B)
         if self._capture is None:
             view = self._cache.view(0, num, max(lengths[:num]) + 1)
-            logits_BV: Tensor = self._model(tokens_B[:, None], cache=view).squeeze(1)
+            hidden_BD: Tensor = self._network(tokens_B[:, None], cache=view).squeeze(1)
         else:
             self._tokens_B[:num] = tokens_B
-            logits_BV = self._shaped(num, lengths)()[:num]
+            hidden_BD = self._shaped(num, lengths)()[:num]
         self._cache.lengths_B[:num] += 1
-        return logits_BV
+        return hidden_BD
 
     def _shaped(self, num: int, lengths: Sequence[int]) -> Step:
         """Find the step, captured or not, whose shape has room for these rows."""
@@ -163,8 +163,8 @@ class DecodeStep:
             cache_enabled=False,
         ):
             view = self._cache.view(0, rows, slots)
-            logits_BV: Tensor = self._model(self._tokens_B[:rows, None], cache=view).squeeze(1)
-        if self._logits_BV is None:
-            self._logits_BV = logits_BV.new_empty(self._size, logits_BV.shape[1])
+            hidden_BD: Tensor = self._network(self._tokens_B[:rows, None], cache=view).squeeze(1)
+        if self._hidden_BD is None:
+            self._hidden_BD = hidden_BD.new_empty(self._size, hidden_BD.shape[1])
         # One place for the results of all shapes: graphs keep nothing each for itself.
-        return self._logits_BV[:rows].copy_(logits_BV)
+        return self._hidden_BD[:rows].copy_(hidden_BD)

@@ -2,9 +2,9 @@
 
 With AMX, whose tiles want one of two matrices in an order of their own, the weight stands on the
 left of the product and stays as it is: the few rows are what oneDNN brings into that order.
-For a single row FBGEMM adds up a table of embeddings, which is packed and unpacked in 0.1 s a
-block: a decode step of the 1B shape with 4 layers takes 48 instead of 60 ms (2 cores of an AMD
-EPYC), and its matrices two thirds of the time of oneDNN's (2 cores of an Intel Xeon with AMX).
+Without, FBGEMM adds up a table of embeddings for a single row, which is packed and unpacked in
+0.1 s a block: a decode step of the 1B shape with 4 layers takes 48 instead of 60 ms (2 cores of an
+AMD EPYC), and its matrices 0.8 of the time of oneDNN's, kept from AMX (2 cores of an Intel Xeon).
 For more, with instructions for bf16, oneDNN multiplies by a matrix in blocks of its own layout,
 into which an ordinary product brings the weight again each time. The products are equal bit for
 bit. A decode step takes 176 instead of 204 ms of CPU time at 8 rows; packing and unpacking cost as

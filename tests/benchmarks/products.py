@@ -142,14 +142,15 @@ def of_a_step(way: str) -> dict[str, float]:
             network.config, rows, slots, dtype=torch.bfloat16, device=torch.device("cpu")
         )
         cache.lengths_B += PROMPT  # of zeros, which take as long as any
-        step, tokens, times = DecodeStep(network, cache, None), torch.arange(rows), []
+        step, tokens, times = DecodeStep(network.model, cache, None), torch.arange(rows), []
         with ExitStack() as stack:
             stack.enter_context(screened(network, rows))
             if way == STEP_LAID_OUT:
                 stack.enter_context(prepacked(network, rows))
             for number in range(STEPS):
                 start = time.perf_counter()
-                tokens = step(tokens, [PROMPT + number] * rows).max(-1).indices
+                hidden = step(tokens, [PROMPT + number] * rows)
+                tokens = network.lm_head(hidden).max(-1).indices
                 times.append(_since(start))
         found[f"forward {rows}"] = round(statistics.median(times), 3)
     return found

@@ -77,7 +77,7 @@ def test_a_replay_equals_the_step_bit_for_bit_after_all_has_changed(kind: str) -
     weight = model.model.embed_tokens.weight
     cache = KVCache.allocate(model.config, 6, 256, dtype=weight.dtype, device=CPU)
     captures = Captures(traced)
-    decode = DecodeStep(model, cache, captures)
+    decode = DecodeStep(model.model, cache, captures)
     lengths = [200, 3, 41, 0, 17, 5]
     _fill(cache, lengths)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind.startswith("autocast")):
@@ -97,7 +97,7 @@ def test_a_replay_equals_the_step_bit_for_bit_after_all_has_changed(kind: str) -
         with torch.autocast("cpu", torch.bfloat16, enabled=kind.startswith("autocast")):
             seen.append(run().clone())
         kept.append([tensor.clone() for tensor in (*cache.keys, *cache.values)])
-    print(f"{kind}: logits of {seen[0].dtype} up to {seen[0].abs().max():.1f}, all equal")
+    print(f"{kind}: hidden states of {seen[0].dtype} up to {seen[0].abs().max():.1f}, all equal")
     assert torch.equal(seen[0], seen[1])
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
     assert captures.replays == 1  # at the step that captured it

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama_lightning.model.config import RopeScaling
 from llama_lightning.model.generate import generate
 from llama_lightning.model.kv_cache import KVCache
-from llama_lightning.model.llama import Llama
+from llama_lightning.model.llama import Backbone, Llama
 from llama_lightning.model.sampling import GenerationConfig, next_tokens, row_generator
 from llama_lightning.records import Generation, PromptBatch
 from tests.model.oracle import (
@@ -141,13 +141,14 @@ def test_each_row_has_its_own_stop_tokens(stopping: Stopping) -> None:
 def test_finished_rows_leave_the_batch(stopping: Stopping, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts, _, stops = stopping
     sizes: list[int] = []
-    forward = Llama.forward
+    forward = Backbone.forward
 
-    def spy(self: Llama, tokens: Tensor, **rest: object) -> Tensor:
-        sizes.append(len(tokens))
+    def spy(self: Backbone, tokens: Tensor, **rest: object) -> Tensor:
+        if tokens.ndim == 2:  # prompts are flat
+            sizes.append(len(tokens))
         return forward(self, tokens, **rest)
 
-    monkeypatch.setattr(Llama, "forward", spy)
+    monkeypatch.setattr(Backbone, "forward", spy)
     answers = list(generate(model, _batch(prompts, stops), GenerationConfig(max_new_tokens=NEW)))
     said = [len(answer.tokens) for answer in answers]
     assert said == sorted(said)  # each comes as soon as it is finished
@@ -162,10 +163,10 @@ def test_finished_rows_leave_the_batch(stopping: Stopping, monkeypatch: pytest.M
 def test_an_answer_comes_before_the_others_are_finished(stopping: Stopping) -> None:
     model, prompts, _, stops = stopping
     calls: list[int] = []
-    model.register_forward_hook(lambda *_: calls.append(1))
+    model.model.register_forward_hook(lambda _, args, out: calls.append(args[0].ndim))
     answers = generate(model, _batch(prompts, stops), GenerationConfig(max_new_tokens=NEW))
     assert next(answers).row_id == 0
-    assert not calls  # the backbone has read the prompts, and no token was decoded
+    assert set(calls) == {1}  # prompts, which are flat, have been read, and no token was decoded
 
 
 def test_the_cut_is_at_max_new_tokens() -> None:
