@@ -39,7 +39,13 @@ def has_bf16_products() -> bool:
     return asked is not None and bool(asked())
 
 
-CPU_HAS_BF16 = has_bf16_products()
+def has_amx() -> bool:
+    """Say whether it does so by whole tiles (Intel's AMX)."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return has_bf16_products() and asked is not None and bool(asked())
+
+
+CPU_HAS_BF16, CPU_HAS_AMX = has_bf16_products(), has_amx()
 
 
 def computes_in_bf16(*dtypes: torch.dtype) -> bool:

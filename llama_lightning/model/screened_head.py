@@ -21,12 +21,13 @@ from torch.nn import functional as F
 
 from llama_lightning.model import fbgemm
 from llama_lightning.model.embedding_table import HAS_AVX512, CodeTable
-from llama_lightning.model.linear import Linear
+from llama_lightning.model.linear import CPU_HAS_AMX, Linear
 from llama_lightning.model.llama import Llama
 
-# Above, the whole product takes no longer. Beside instructions for bf16 that is reckoned from what
-# is read, and not measured.
-MAX_ROWS = 4
+# Above, the whole product takes no longer; with AMX 19 ms at 1, 2 and 4 rows where this one takes
+# 15, 20 and 25 (2 cores of an Intel Xeon). Without, beside instructions for bf16, that is reckoned
+# from what is read, and not measured.
+MAX_ROWS = 1 if CPU_HAS_AMX else 4
 # With AVX-512 one row by a table of the codes takes 14 instead of 19 ms, which is made in a third
 # of the time; two rows take 25 instead of 20 (2 cores of an Intel Xeon).
 TABLE_MAX_ROWS = 1 if HAS_AVX512 else 0

@@ -17,7 +17,6 @@ from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.model.screened_head import (
     CODE_ERROR,
     LOGIT_ERROR,
-    MAX_ROWS,
     ScreenedHead,
     screened,
 )
@@ -28,6 +27,12 @@ from tests.model.oracle import small_config, small_llama
 pytestmark = pytest.mark.skipif(not fbgemm.is_there(), reason="no FBGEMM on this processor")
 
 V, D, ROWS = 4096, 256, 8
+MAX_ROWS = 4
+
+
+@pytest.fixture(autouse=True)
+def _whatever_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screened_head, "MAX_ROWS", MAX_ROWS)
 
 
 @pytest.fixture(params=[Int8Matrix, CodeTable])
