@@ -40,12 +40,13 @@ def has_bf16_products() -> bool:
 
 
 def has_amx() -> bool:
-    """Say whether it does so by whole tiles (Intel's AMX)."""
+    """Say whether this processor multiplies whole tiles (Intel's AMX)."""
     asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return has_bf16_products() and asked is not None and bool(asked())
+    return asked is not None and bool(asked())
 
 
-CPU_HAS_BF16, CPU_HAS_AMX = has_bf16_products(), has_amx()
+CPU_HAS_BF16 = has_bf16_products()
+CPU_HAS_AMX = CPU_HAS_BF16 and has_amx()
 
 
 def computes_in_bf16(*dtypes: torch.dtype) -> bool:
