@@ -2,7 +2,7 @@
 
 Module names are Hugging Face's, so that a state dict IS the checkpoint of the hub. The network
 knows nothing of LoRA, of losses, of checkpointing or of generation: it turns tokens into logits.
-Source: The Llama 3 Herd of Models (arXiv 2407.21783); RMSNorm 1910.07467; SwiGLU 2002.05202.
+Source: The Llama 3 Herd of Models (arXiv 2407.21783).
 Letters: B rows, T tokens, D hidden size, N heads, K kv heads, H head dimension, V vocabulary. A
 flat batch has no B: its T tokens are rows laid end to end.
 """
@@ -17,23 +17,10 @@ from llama_lightning.model.attention import RaggedRows, attention, ragged_rows
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.kv_cache import KVCache, NewTokens
 from llama_lightning.model.linear import ROW_MULTIPLE, Linear, fills_up_rows
+from llama_lightning.model.rms_norm import RMSNorm
 from llama_lightning.model.rope import apply_rope, inverse_frequencies, rope_tables
+from llama_lightning.model.swiglu import swiglu
 from llama_lightning.records import Prefixes
-
-
-class RMSNorm(nn.Module):
-    """Divide by the root mean square over D, computed in fp32 at least, then scale."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., D)."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -91,7 +78,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., D) position by position."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 

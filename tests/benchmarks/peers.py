@@ -49,7 +49,6 @@ PACKED = ["--data", "packed"]
 PADDED = ["--data", "padded", "--seed", "9"]
 WIDE = [*PACKED, "--width", "1024"]
 NINE, TWO = ["--batch", "9"], ["--batch", "2"]
-LORA = ["--checkpointing", "selective"]  # as in configs/1b_lora.yaml
 # Of few steps, lengths of 20 to 512 tokens would be others than theirs; and with instructions for
 # bf16, the first steps of some number of rows take longer, which their packed rows always have.
 MORE = ["--steps", "10"]
@@ -66,7 +65,7 @@ def comparisons(shape: str) -> dict[str, Group]:
     full = ["--mode", "full", "--shape"]
     packed, both = {"hf": PACKED}, {"hf": WIDE, "hf, rows of 512": PACKED}
     padded, four = {"hf": PADDED, "litgpt": PADDED}, [*lora, "--batch", "4"]
-    short, long = [*LORA, *MORE, *NINE], [*LORA, *MORE]
+    short, long = [*MORE, *NINE], MORE
     return {
         "short": Group("LoRA q,k,v,o; short answers", SHORT, lora, packed, short),
         "all": Group("LoRA all linears; short answers", SHORT, every, packed, short),

@@ -136,13 +136,16 @@ def _kept_kib(model: Llama, mode: Any) -> float:
     return kib
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("full", 7), ("lora", 7), ("lora", 4)])
-def test_less_is_kept_the_more_is_computed_again(kind: str, targets: int) -> None:
+# LoRA on the first 4 leaves the MLP frozen: then nobody keeps what goes into its matrices anyway.
+@pytest.mark.parametrize(
+    ("kind", "targets", "part"), [("full", 7, 0.75), ("lora", 7, 0.75), ("lora", 4, 0.85)]
+)
+def test_less_is_kept_the_more_is_computed_again(kind: str, targets: int, part: float) -> None:
     model = _model(kind, targets=targets)
     model.bfloat16()
     none, selective, full = (_kept_kib(model, mode) for mode in (False, "selective", True))
     print(f"{kind}, {targets} targets: {none:.0f}, selective {selective:.0f}, full {full:.0f} KiB")
-    assert selective < 0.75 * none
+    assert selective < part * none
     assert full < 0.5 * selective
 
 
@@ -177,14 +180,14 @@ def test_selective_keeps_wide_products_and_attention(
     none, selective, full = (count(mode) for mode in (False, "selective", True))
     attention = "aten._scaled_dot_product_flash_attention_for_cpu.default"
     product = "llama_lightning.product_in_fp32.default" if bf16 else "aten.mm.default"
-    names = (product, f"{product} narrow", attention, "aten.silu.default")
+    names = (product, f"{product} narrow", attention, "aten.rsqrt.default")
     for name in names:
         print(f"{name}: {none[name]}, selective {selective[name]}, full {full[name]} in backward")
-    wide, narrow, attention, silu = names
+    wide, narrow, attention, norm = names
     assert selective[wide] == none[wide] < full[wide]
     assert selective[attention] == none[attention] == 0 < full[attention]
     assert selective[narrow] > none[narrow]
-    assert selective[silu] == full[silu] == SMALL.num_hidden_layers > none[silu]
+    assert selective[norm] == full[norm] == 2 * SMALL.num_hidden_layers > none[norm] == 0
 
 
 def test_nothing_is_checkpointed_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
