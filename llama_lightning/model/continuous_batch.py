@@ -4,9 +4,10 @@ So a data set of uneven answers costs what its tokens cost, and memory is bounde
 a prompt has in common with one that is in the cache already, e.g. the template, is not computed
 again but copied. Neither changes a text: sampling is seeded by row and sample. 200 short answers of
 uneven lengths at 8 rows take 0.46 of the time of transformers' static batches, where answers of one
-length take 0.76 (1B shape with 4 layers, 2 cores of an Intel Xeon). Prompts are read end to end:
-let in at 4 free rows of 32, those 200 are 3,022 tokens in 38 passes, and padded to similar lengths
-were 4,255 in 57.
+length take 0.76 (1B shape with 4 layers, 2 cores of an Intel Xeon). Prompts are read end to end,
+and the rows that run take their step along, so that the weights are read once for both: those 200
+take 324 passes at 8 rows and 109 at 32, where prompts by themselves took 429 and 136; at 8 rows
+that is 0.9 of the time, at 32 it is no less (2 cores of an Intel Xeon with AMX).
 Source: continuous batching, Orca (OSDI 2022); prefix reuse, SGLang (arXiv 2312.07104).
 Letters: B running rows, G rows of a prefill, D hidden size, V vocabulary.
 """
@@ -31,10 +32,10 @@ from llama_lightning.records import Generation, PromptBatch
 PASS_TOKENS, MOST_PADS = 16, 64
 # Tokens of one prefill, pads included: they are in memory with all that a block makes of them.
 PREFILL_TOKENS = 8192
-# Prompts come in when this part of the rows is free: fewer passes for prefills, few idle rows. 200
-# short answers take 429 passes and steps at 8 rows, 136 at 32, and 470 and 145 with 1 / 8; 64 long
-# ones 1,681 and 1,650 at 8.
-MIN_FREE = 3 / 16
+# Prompts come in when this part of the rows is free: few idle rows, and few passes of a shape of
+# their own. 200 short answers at 32 rows take 106 passes with 1 / 32, 64 of them with prompts; with
+# 1 / 8 109 and 38, with 3 / 16 112 and 28.
+MIN_FREE = 1 / 8
 
 
 class _Row(NamedTuple):
@@ -104,7 +105,8 @@ class ContinuousBatch:
         self._cached: list[list[int]] = [[] for _ in range(size)]  # the prompt in each cache row
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
-        self._hidden_BD = weight.new_empty(0, model.config.hidden_size)  # behind the newest tokens
+        self._tokens_B = torch.zeros(0, dtype=torch.int64, device=weight.device)  # to be read next
+        self._hidden_BD = weight.new_empty(0, model.config.hidden_size)  # behind what has been read
         self._seen_BV: Tensor | None = None
         if config.repetition_penalty != 1.0:
             shape = size, model.config.vocab_size
@@ -130,21 +132,24 @@ class ContinuousBatch:
         Args:
             drain: until all are finished; otherwise only until no prompt waits for a row.
         """
-        while True:
+        while self._waiting or (drain and self._running):
             free = self.size - len(self._running)
-            if free >= max(1, self.size * MIN_FREE):
+            if self._waiting and free >= max(1, self.size * MIN_FREE):
                 self._admit(free)
-            if not self._running or not (drain or self._waiting):
-                return
+            if len(self._tokens_B):  # no prompts took them along
+                self._step()
             finished, going_on, tokens_B = self._choose()
-            tokens_B = self._keep(going_on, tokens_B)
+            self._tokens_B = self._keep(going_on, tokens_B)
             yield from finished
-            if self._running:
-                self._hidden_BD = self._decode(tokens_B, self._lengths())
+
+    def _step(self) -> None:
+        """Read the newest tokens of the rows that have one."""
+        hidden_BD = self._decode(self._tokens_B, self._lengths())
+        self._hidden_BD = torch.cat((hidden_BD, self._hidden_BD))
 
     def _lengths(self) -> list[int]:
         """Count the tokens in each row of the cache, the running rows' newest not among them."""
-        running = [len(row.prompt) + len(row.tokens) - 1 for row in self._running]
+        running = [len(row.prompt) + max(0, len(row.tokens) - 1) for row in self._running]
         return running + [len(prompt) for prompt in self._cached[len(running) :]]
 
     def _admit(self, free: int) -> None:
@@ -178,26 +183,33 @@ class ContinuousBatch:
         return group[: max(1, PREFILL_TOKENS // longest)]
 
     def _prefill(self, group: list[tuple[_Row, int, int]]) -> None:
-        """Read prompts into the rows behind the running ones."""
+        """Read prompts into the rows behind the running ones, which take their step along."""
         rows, sources, shared = zip(*group, strict=True)
         first, last = len(self._running), len(self._running) + len(rows)
         rests = [row.prompt[start:] for row, start in zip(rows, shared, strict=True)]
+        # Unless other prompts came in between, or attention would see many pads beside each token.
+        along = len(self._tokens_B) == first and max(map(len, rests)) <= MOST_PADS
+        going = self._running if along else []
+        reads = [row.tokens[-1:] for row in going] + rests
         if self._cache.reserve(max(len(row.prompt) + row.max_new_tokens for row in rows)):
             capture = self._new_capture(self._device)
             self._decode = DecodeStep(self.model.model, self._cache, capture)
         targets = torch.arange(first, last, device=self._device)
         self._cache.copy_rows(self._index(sources), targets, max(shared))
         self._cache.lengths_B[first:last] = self._index(shared)
-        view = self._cache.view(first, last, max(len(row.prompt) for row in rows))
-        boundaries = self._index(list(accumulate(map(len, rests), initial=0)))
+        longest = max(len(row.prompt) + len(row.tokens) for row in (*going, *rows))
+        view = self._cache.view(first - len(going), last, longest)
+        boundaries = self._index(list(accumulate(map(len, reads), initial=0)))
         hidden_GD = self.model.model(
-            self._index([token for rest in rests for token in rest]),
+            self._index([token for read in reads for token in read]),
             boundaries=boundaries,
             wanted=boundaries[1:] - 1,
             cache=view,
         )
         view.advance(boundaries.diff())
-        self._hidden_BD = torch.cat((self._hidden_BD, hidden_GD)) if first else hidden_GD
+        self._hidden_BD = torch.cat((self._hidden_BD, hidden_GD))
+        if along:
+            self._tokens_B = self._tokens_B[:0]
         self._running += rows
         for number, row in enumerate(rows, first):
             self._cached[number] = row.prompt
@@ -212,6 +224,7 @@ class ContinuousBatch:
         generators = [row.generator for row in self._running]
         # The head is read once for those that go on and those that came in.
         logits_BV = self.model.lm_head(self._hidden_BD)
+        self._hidden_BD = self._hidden_BD[:0]
         tokens_B = next_tokens(logits_BV, self.config, generators, seen_BV)
         if seen_BV is not None:
             seen_BV.scatter_(1, tokens_B[:, None], True)

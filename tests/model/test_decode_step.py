@@ -136,7 +136,7 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots grow in small pieces, and what comes back soon is captured."""
     for module in (decode_step, kv_cache):
         monkeypatch.setattr(module, "GROWTH", 16)
-    monkeypatch.setattr(decode_step, "CAPTURE_AT", 3)
+    monkeypatch.setattr(decode_step, "CAPTURE_AT", 2)
 
 
 @pytest.fixture

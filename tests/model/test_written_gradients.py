@@ -1,4 +1,4 @@
-"""The backward passes written by hand give autograd's gradients, and keep little but what came in."""
+"""Backward passes written by hand give autograd's gradients, and keep little but what came in."""
 
 from collections.abc import Callable
 
