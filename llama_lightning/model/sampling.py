@@ -6,11 +6,14 @@ Source: transformers/generation/logits_process.py; min-p arXiv 2407.01082; penal
 Letters: B rows, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PARTS = 16  # of the vocabulary, at most
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,18 @@ def probabilities(logits_BV: Tensor, config: GenerationConfig) -> Tensor:
     return probs_BV
 
 
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """Find each row's likeliest token, the first of equals, (B,)."""
+    # max, as argmax takes 6 times as long on a CPU; by parts of the vocabulary, which stay in the
+    # cache where a product left the logits of one token side by side (prepack.py): 32 rows take 4
+    # instead of 8 ms of a decode step of 70 (1B shape with 4 layers, 2 cores of an Intel Xeon).
+    num_parts = math.gcd(logits_BV.shape[1], PARTS)
+    parts = logits_BV.unflatten(1, (num_parts, -1))
+    best = parts.max(-1)
+    part_B1 = best.values.max(-1, keepdim=True).indices
+    return (part_B1 * parts.shape[2] + best.indices.gather(1, part_B1)).squeeze(1)
+
+
 def next_tokens(
     logits_BV: Tensor,
     config: GenerationConfig,
@@ -122,9 +137,7 @@ def next_tokens(
     if seen_BV is not None:
         logits_BV = penalise_repetition(logits_BV, seen_BV, config.repetition_penalty)
     if config.temperature == 0:
-        # The first of equals, like argmax, which takes 6 times as long on a CPU: 8 rows of 128,256
-        # logits cost 2 % of a decode step at the 1B shape with 4 layers.
-        return logits_BV.max(-1).indices
+        return likeliest(logits_BV)
     # Rows that a product left apart (prepack.py) would be sorted in 1.3 times the time.
     cumulative_BV = probabilities(logits_BV.contiguous(), config).cumsum(-1)
     draws_B1 = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])

@@ -142,14 +142,17 @@ def test_a_rows_text_is_the_same_at_batch_1_3_and_16(fields: dict[str, float]) -
     assert equal == 16
 
 
+@pytest.mark.parametrize("size", [VOCABULARY, 1024, 1001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_greedy_takes_the_first_of_equals(dtype: torch.dtype) -> None:
+def test_greedy_takes_the_first_of_equals(dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(0)
-    logits = (torch.randn(ROWS, VOCABULARY) * 2).round().to(dtype)
+    logits = (torch.randn(ROWS, size) * 2).round().to(dtype)
+    logits[:3, size // 3 :: size // 4] = torch.nan  # which is seen before all numbers
     equals = (logits == logits.amax(-1, keepdim=True)).sum(-1)
     assert (equals > 1).sum() > ROWS / 10
-    tokens = next_tokens(logits, GenerationConfig(), [])
-    assert torch.equal(tokens, logits.argmax(-1))
+    for laid_out in (logits, logits.T.contiguous().T):
+        tokens = next_tokens(laid_out, GenerationConfig(), [])
+        assert torch.equal(tokens, logits.argmax(-1))
 
 
 def test_penalised_greedy_text_is_transformers() -> None:
