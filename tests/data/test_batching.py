@@ -1,8 +1,10 @@
 """Which records form a step, and which slot of which rank each falls into."""
 
 import itertools
+import pickle
 import random
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from llama_lightning.data.batching import (
     collate_prompts,
     deal,
 )
-from llama_lightning.records import IGNORE_INDEX, Example
+from llama_lightning.records import IGNORE_INDEX, Batch, Example
 
 # deal
 
@@ -232,6 +234,19 @@ def test_a_batch_written_out():
     }
     assert_arrays(collate(examples, 31), **expected)
     assert_arrays(Batches([examples[0], *examples])[MicroBatch([1, 2, 3], 31)], **expected)
+    # As a worker hands it on.
+    batch = pickle.loads(ForkingPickler.dumps(collate(examples, 31)))
+    assert type(batch) is Batch
+    assert_arrays(batch, **expected)
+    batch.tokens[0] = 7  # in memory of its own
+
+
+def test_a_worker_hands_on_no_file():
+    examples = [Example(4, [256, 10, 11], [IGNORE_INDEX, 11, 257])]
+    pickled = bytes(ForkingPickler.dumps(collate(examples, 2)))
+    as_torch_does = bytes(ForkingPickler.dumps(torch.tensor([256, 10, 11])))
+    assert b"rebuild_storage" in as_torch_does
+    assert b"rebuild_storage" not in pickled
 
 
 def test_an_empty_batch_written_out():
