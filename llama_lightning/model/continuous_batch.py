@@ -5,9 +5,10 @@ a prompt has in common with one that is in the cache already, e.g. the template,
 again but copied. Neither changes a text: sampling is seeded by row and sample. 200 short answers of
 uneven lengths at 8 rows take 0.46 of the time of transformers' static batches, where answers of one
 length take 0.76 (1B shape with 4 layers, 2 cores of an Intel Xeon). Prompts are read end to end,
-and the rows that run take their step along, so that the weights are read once for both: those 200
-take 324 passes at 8 rows and 109 at 32, where prompts by themselves took 429 and 136; at 8 rows
-that is 0.9 of the time, at 32 it is no less (2 cores of an Intel Xeon with AMX).
+and the rows that run take their step along where attention sees few pads, so that the weights are
+read once for both: those 200 take 324 passes at 8 rows and 109 at 32, where prompts by themselves
+took 429 and 136; at 8 rows that is 0.9 of the time, at 32 it is no less (2 cores of an Intel Xeon
+with AMX).
 Source: continuous batching, Orca (OSDI 2022); prefix reuse, SGLang (arXiv 2312.07104).
 Letters: B running rows, G rows of a prefill, D hidden size, V vocabulary.
 """
@@ -27,9 +28,10 @@ from llama_lightning.model.llama import Llama
 from llama_lightning.model.sampling import GenerationConfig, next_tokens, row_generator
 from llama_lightning.records import Generation, PromptBatch
 
-# A further pass through the weights is worth as much as so many tokens that are copied for it, and
-# as so many pads a row: only attention computes those.
-PASS_TOKENS, MOST_PADS = 16, 64
+# A further pass through the weights is worth as much as so many tokens that are copied for it, as
+# so many pads a row, which only attention computes, and as so many of attention's cells, a query
+# beside a slot: on 2 cores of an Intel Xeon those of a layer take as long as reading its weights.
+PASS_TOKENS, MOST_PADS, MOST_CELLS = 16, 64, 2**17
 # Tokens of one prefill, pads included: they are in memory with all that a block makes of them.
 PREFILL_TOKENS = 8192
 # Prompts come in when this part of the rows is free: few idle rows, and few passes of a shape of
@@ -183,13 +185,15 @@ class ContinuousBatch:
         return group[: max(1, PREFILL_TOKENS // longest)]
 
     def _prefill(self, group: list[tuple[_Row, int, int]]) -> None:
-        """Read prompts into the rows behind the running ones, which take their step along."""
+        """Read prompts into the rows behind the running ones, which may take their step along."""
         rows, sources, shared = zip(*group, strict=True)
         first, last = len(self._running), len(self._running) + len(rows)
         rests = [row.prompt[start:] for row, start in zip(rows, shared, strict=True)]
-        # Unless other prompts came in between, or attention would see many pads beside each token.
-        along = len(self._tokens_B) == first and max(map(len, rests)) <= MOST_PADS
-        going = self._running if along else []
+        # Attention has as many cells for the one token of a running row as for the longest rest. If
+        # they are too many, or other prompts came in between, the step has a pass of its own.
+        slots = max(len(row.prompt) + len(row.tokens) for row in (*self._running, *rows))
+        few = last * max(map(len, rests)) * slots <= MOST_CELLS
+        going = self._running if few and len(self._tokens_B) == first else []
         reads = [row.tokens[-1:] for row in going] + rests
         if self._cache.reserve(max(len(row.prompt) + row.max_new_tokens for row in rows)):
             capture = self._new_capture(self._device)
@@ -208,7 +212,7 @@ class ContinuousBatch:
         )
         view.advance(boundaries.diff())
         self._hidden_BD = torch.cat((self._hidden_BD, hidden_GD))
-        if along:
+        if going:
             self._tokens_B = self._tokens_B[:0]
         self._running += rows
         for number, row in enumerate(rows, first):

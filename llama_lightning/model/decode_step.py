@@ -3,7 +3,7 @@
 On CUDA a step over few rows takes as long as the host takes to launch its dozens of kernels a
 layer. A CUDA graph launches all of them at once; it reads and writes the same memory each time.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-Letters: B running rows, D hidden size.
+Letters: B rows that take the step, D hidden size.
 """
 
 import warnings
@@ -101,7 +101,7 @@ class DecodeStep:
         self._captured: dict[tuple[int, int], Step] = {}
 
     def __call__(self, tokens_B: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Append each running row's token and return its hidden state, until the next call.
+        """Append a token to each of the first rows; return its hidden state, until the next call.
 
         Args:
             tokens_B: of the first B rows.

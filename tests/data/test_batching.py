@@ -1,5 +1,6 @@
 """Which records form a step, and which slot of which rank each falls into."""
 
+import copy
 import itertools
 import pickle
 import random
@@ -239,6 +240,8 @@ def test_a_batch_written_out():
     assert type(batch) is Batch
     assert_arrays(batch, **expected)
     batch.tokens[0] = 7  # in memory of its own
+    elsewhere = batch._replace(tokens=batch.tokens.to("meta"))  # no numbers to hand on there
+    assert copy.deepcopy(elsewhere).tokens.device.type == "meta"
 
 
 def test_a_worker_hands_on_no_file():

@@ -99,10 +99,10 @@ def test_texts_do_not_depend_on_how_many_run_at_a_time(
         plain |= _texts(model, one, config, config.num_samples)
     kinds = len({token for text in plain.values() for token in text})
     assert kinds > 50
-    for most_pads in (continuous_batch.MOST_PADS, 8):  # few of what is read is so short
-        monkeypatch.setattr(continuous_batch, "MOST_PADS", most_pads)
+    for most_cells in (continuous_batch.MOST_CELLS, 1000):  # few steps go along then
+        monkeypatch.setattr(continuous_batch, "MOST_CELLS", most_cells)
         for batch_size in (1, 3, 16, None):
-            assert _texts(model, batch, config, batch_size) == plain, (most_pads, batch_size)
+            assert _texts(model, batch, config, batch_size) == plain, (most_cells, batch_size)
     print(f"{fields}: {len(plain)} texts the same, 1, 3, 16 and all at a time, and one by one")
 
 
