@@ -107,8 +107,8 @@ class ContinuousBatch:
         self._cached: list[list[int]] = [[] for _ in range(size)]  # the prompt in each cache row
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
-        self._tokens_B = torch.zeros(0, dtype=torch.int64, device=weight.device)  # to be read next
-        self._hidden_BD = weight.new_empty(0, model.config.hidden_size)  # behind what has been read
+        # Behind the newest tokens of the last running rows. Those of the first are still unread.
+        self._hidden_BD = weight.new_empty(0, model.config.hidden_size)
         self._seen_BV: Tensor | None = None
         if config.repetition_penalty != 1.0:
             shape = size, model.config.vocab_size
@@ -138,15 +138,17 @@ class ContinuousBatch:
             free = self.size - len(self._running)
             if self._waiting and free >= max(1, self.size * MIN_FREE):
                 self._admit(free)
-            if len(self._tokens_B):  # no prompts took them along
+            if len(self._hidden_BD) < len(self._running):  # no prompts took them along
                 self._step()
-            finished, going_on, tokens_B = self._choose()
-            self._tokens_B = self._keep(going_on, tokens_B)
+            finished, going_on = self._choose()
+            self._keep(going_on)
             yield from finished
 
     def _step(self) -> None:
-        """Read the newest tokens of the rows that have one."""
-        hidden_BD = self._decode(self._tokens_B, self._lengths())
+        """Read the newest tokens that are still to be read."""
+        unread = self._running[: len(self._running) - len(self._hidden_BD)]
+        tokens_B = self._index([row.tokens[-1] for row in unread])
+        hidden_BD = self._decode(tokens_B, self._lengths())
         self._hidden_BD = torch.cat((hidden_BD, self._hidden_BD))
 
     def _lengths(self) -> list[int]:
@@ -193,7 +195,7 @@ class ContinuousBatch:
         # they are too many, or other prompts came in between, the step has a pass of its own.
         slots = max(len(row.prompt) + len(row.tokens) for row in (*self._running, *rows))
         few = last * max(map(len, rests)) * slots <= MOST_CELLS
-        going = self._running if few and len(self._tokens_B) == first else []
+        going = self._running if few and len(self._hidden_BD) == 0 else []
         reads = [row.tokens[-1:] for row in going] + rests
         if self._cache.reserve(max(len(row.prompt) + row.max_new_tokens for row in rows)):
             capture = self._new_capture(self._device)
@@ -212,8 +214,6 @@ class ContinuousBatch:
         )
         view.advance(boundaries.diff())
         self._hidden_BD = torch.cat((self._hidden_BD, hidden_GD))
-        if going:
-            self._tokens_B = self._tokens_B[:0]
         self._running += rows
         for number, row in enumerate(rows, first):
             self._cached[number] = row.prompt
@@ -221,8 +221,8 @@ class ContinuousBatch:
                 self._seen_BV[number] = False
                 self._seen_BV[number, self._index(row.prompt)] = True
 
-    def _choose(self) -> tuple[list[Generation], list[int], Tensor]:
-        """Choose a token for each row; return what is finished, and who goes on with which."""
+    def _choose(self) -> tuple[list[Generation], list[int]]:
+        """Choose a token for each row; return what is finished, and who goes on."""
         num = len(self._running)
         seen_BV = None if self._seen_BV is None else self._seen_BV[:num]
         generators = [row.generator for row in self._running]
@@ -242,13 +242,13 @@ class ContinuousBatch:
                 finished.append(Generation(row.row_id, row.sample, row.tokens, "length"))
             else:
                 going_on.append(number)
-        return finished, going_on, tokens_B
+        return finished, going_on
 
-    def _keep(self, going_on: list[int], tokens_B: Tensor) -> Tensor:
-        """Keep some of the running rows as the first rows, and their tokens, in their new order."""
+    def _keep(self, going_on: list[int]) -> None:
+        """Keep some of the running rows as the first rows."""
         num, kept = len(self._running), len(going_on)
         if kept == num:
-            return tokens_B
+            return
         # The last rows fill the gaps: fewer moves than closing ranks.
         gaps = sorted(set(range(kept)) - set(going_on))
         movers = [number for number in going_on if number >= kept]
@@ -262,7 +262,6 @@ class ContinuousBatch:
         self._cache.lengths_B[kept:num] = self._index([len(p) for p in self._cached[kept:num]])
         if self._seen_BV is not None:
             self._seen_BV[:kept] = self._seen_BV[self._index(order)]
-        return tokens_B[self._index(order)]
 
     def _index(self, numbers: Sequence[Any]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
