@@ -171,11 +171,11 @@ class Backbone(nn.Module):
             wanted = torch.arange(len(tokens)) if wanted is None else wanted
             num_wanted = len(wanted)
             # With token 0 at position 0, which nobody asks for.
-            tokens, positions, wanted, from_cells = (
+            tokens, positions, wanted, from_queries = (
                 F.pad(each, (0, -len(each) % ROW_MULTIPLE))
-                for each in (tokens, positions, wanted, rows.from_cells)
+                for each in (tokens, positions, wanted, rows.from_queries)
             )
-            rows = rows._replace(from_cells=from_cells)
+            rows = rows._replace(from_queries=from_queries)
         # The frequencies are a function of the config alone: nothing to load, nothing to cast.
         rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device))
         x = self.embed_tokens(tokens)

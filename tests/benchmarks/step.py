@@ -4,7 +4,7 @@ Fits random weights of a real shape on real records with AlpacaDataModule, Llama
 and prints one JSON line. Tokens are those of records. `tok_s_cpu` divides by CPU seconds a thread:
 it holds still when others use the cores too (with OMP_WAIT_POLICY=PASSIVE). `wait` is the part of
 the time in which the loop waits for its next batch. `rows_real` is the part of the network's rows,
-and `cells_real` of the cells of attention's grids, that is no padding. `mfu` counts 4 (LoRA) or 6
+and `cells_real` of the queries in attention's grids, that is no padding. `mfu` counts 4 (LoRA) or 6
 (full) operations a weight for each token, also where a step leaves them out: it may pass 1. Of
 several processes (`--devices`) tokens and CPU time are summed; `wait` and memory are the first's.
 """
@@ -54,12 +54,13 @@ CHECKPOINTING: dict[str, Any] = {"none": False, "selective": "selective", "full"
 
 def counts(batch: Batch, sharing: bool) -> dict[str, int]:
     """Count what a micro-batch asks for, and the cells of the grids in which attention pads it."""
-    cells = len(ragged_rows(batch.boundaries).to_cells) if len(batch.row_ids) else 0
+    prefixes = batch.prefixes if sharing else None
+    some = len(batch.row_ids) > 0
     return {
         "tokens": len(batch.tokens),
         "supervised": int((batch.labels >= 0).sum()),
-        "distinct": len(batch.prefixes.distinct if sharing else batch.tokens),
-        "cells": cells,
+        "distinct": len(batch.tokens if prefixes is None else prefixes.distinct),
+        "cells": len(ragged_rows(batch.boundaries, prefixes).to_queries) if some else 0,
     }
 
 
@@ -244,7 +245,7 @@ def report(
         "tokens": tokens,
         "supervised": round(total["supervised"]),
         "rows_real": round(total["distinct"] / total["rows"], 4),
-        "cells_real": round(tokens / total["cells"], 4),
+        "cells_real": round(total["distinct"] / total["cells"], 4),
         "wait": round(sum(waits) / wall, 5),
         "first_step_at_s": round(clock.first_step_at_s, 2),
         "ceiling_gflops": round(ceiling),

@@ -28,20 +28,43 @@ def test_a_padded_grid_is_its_docstrings_example() -> None:
     assert grid.tolist() == [[0, 1, 1], [2, 3, 4]]
 
 
-def _grids(rows: RaggedRows) -> list[Tensor]:
-    parts = rows.to_cells.split([b * s for b, s in rows.grids])
-    return [part.view(shape) for part, shape in zip(parts, rows.grids, strict=True)]
+def _grids(rows: RaggedRows) -> tuple[list[Tensor], list[Tensor]]:
+    """Tokens of the queries and of the keys, grid by grid."""
+    queries, keys = ([grid.queries for grid in rows.grids], [grid.keys for grid in rows.grids])
+    return _split(rows.to_queries, queries), _split(rows.to_keys, keys)
+
+
+def _split(cells: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    parts = cells.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def test_rows_are_sorted_into_grids_of_similar_length() -> None:
     # Lengths 2, 9, 8, 3: 8 fills enough of 9, 3 opens a new grid, 2 fills too little of that one.
     rows = ragged_rows(torch.tensor([0, 2, 11, 19, 22]))
-    assert [grid.tolist() for grid in _grids(rows)] == [
-        [list(range(2, 11)), [*range(11, 19), 18]],
-        [[19, 20, 21]],
-        [[0, 1]],
+    for grids in _grids(rows):
+        assert [grid.tolist() for grid in grids] == [
+            [list(range(2, 11)), [*range(11, 19), 18]],
+            [[19, 20, 21]],
+            [[0, 1]],
+        ]
+    assert [grid.mask for grid in rows.grids] == [None] * 3
+    assert rows.from_queries.tolist() == [21, 22, *range(9), *range(9, 17), 18, 19, 20]
+
+
+def test_a_row_asks_only_for_the_tokens_that_it_does_not_share() -> None:
+    # Token numbers and, of the flat batch that is left: 0 1 2 3 | - - 4 5 6 | - - - | - - - 7 | 8
+    tokens = [[1, 2, 3, 4], [1, 2, 5, 6, 7], [1, 2, 3], [1, 2, 3, 8], [9]]
+    rows = ragged_rows(torch.tensor([0, 4, 9, 12, 16, 17]), find_prefixes(tokens))
+    queries, keys = _grids(rows)
+    assert [grid.tolist() for grid in queries] == [[[0, 1, 2, 3], [4, 5, 6, 6]], [[7], [8]]]
+    assert [grid.tolist() for grid in keys] == [
+        [[0, 1, 2, 3, 3], [0, 1, 4, 5, 6]],
+        [[0, 1, 2, 7], [8, 8, 8, 8]],
     ]
-    assert rows.from_cells.tolist() == [21, 22, *range(9), *range(9, 17), 18, 19, 20]
+    seen = [grid.mask.sum(-1).squeeze(1).tolist() for grid in rows.grids if grid.mask is not None]
+    assert seen == [[[1, 2, 3, 4], [3, 4, 5, 5]], [[4], [1]]]
+    assert rows.from_queries.tolist() == list(range(7)) + [8, 9]
 
 
 @pytest.mark.parametrize(
@@ -52,15 +75,16 @@ def test_the_grids_and_back_are_the_identity(lengths: list[int]) -> None:
     rows = ragged_rows(boundaries)
     flat = torch.arange(sum(lengths))
     row_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    for grid in _grids(rows):
+    for grid in _grids(rows)[1]:
         assert (row_of[grid] == row_of[grid[:, :1]]).all()  # no cell of a line is another row's
         assert all(len(line.unique()) >= MIN_FILL * grid.shape[1] for line in grid)
-    assert torch.equal(flat[rows.to_cells][rows.from_cells], flat)
+    assert torch.equal(rows.to_queries, rows.to_keys)
+    assert torch.equal(flat[rows.to_queries][rows.from_queries], flat)
 
 
 def test_flat_attention_is_the_attention_of_each_row() -> None:
     boundaries = torch.tensor([0, 12, 26, 37, 41])
-    assert ragged_rows(boundaries).grids == [(3, 14), (1, 4)]
+    assert [grid.queries for grid in ragged_rows(boundaries).grids] == [(3, 14), (1, 4)]
     q = torch.randn(41, 4, 8, dtype=torch.float64)
     k, v = torch.randn(2, 41, 2, 8, dtype=torch.float64)
     flat = attention(q, k, v, rows=ragged_rows(boundaries))
