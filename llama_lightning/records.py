@@ -28,10 +28,11 @@ class Example(NamedTuple):
 class Prefixes(NamedTuple):
     """Which tokens of a flat batch begin alike: they and all before them, to their record's start.
 
-    A causal network computes the same for each of those, so the first can stand for all.
+    A causal network computes the same for each of those, so the first can stand for all. Of each
+    record, the distinct ones are the last, as what it shares is its beginning.
     """
 
-    distinct: Tensor  # (U,) int64: index into the T tokens, those that stand for others or alone
+    distinct: Tensor  # (U,) int64, ascending: index into the T tokens, which stand for all
     representative: Tensor  # (T,) int64: index into `distinct`, which of them stands for a token
 
 

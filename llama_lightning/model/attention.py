@@ -5,7 +5,8 @@ longest row, N heads, K kv heads, H head dimension.
 """
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,14 +20,19 @@ from llama_lightning.records import Prefixes
 # A row joins a grid when it fills at least this part of the grid's width: less padding is computed,
 # at the price of more grids. On Alpaca-like lengths this makes 2 to 8 grids a batch.
 MIN_FILL = 0.7
+# On a CPU, a row asks only for its own tokens, behind those that it shares, when at most this part
+# of a batch's tokens is distinct: of 9 short records 0.6 are, and attention and its backward pass
+# take 0.68 of the CPU time (2 cores of an Intel Xeon with AMX). Where little is shared, causality
+# alone saves as much; and a GPU's flash kernel takes no mask.
+MAX_OWN = 0.75
 
 
 class Grid(NamedTuple):
-    """Rows that ask for similarly much, each padded on the right."""
+    """Similar rows, each padded on the right."""
 
-    queries: torch.Size  # (rows, queries of the longest)
-    keys: torch.Size  # (rows, keys of the longest)
-    mask: Tensor | None  # (rows, 1, queries, keys), where a row has keys before its queries
+    query_shape: torch.Size  # (rows, queries of the longest)
+    key_shape: torch.Size  # (rows, keys of the longest)
+    mask: Tensor | None  # (rows, 1, queries, keys), where rows have keys before their queries
 
 
 class RaggedRows(NamedTuple):
@@ -50,11 +56,26 @@ def padded_grid(starts_B: Tensor, lengths_B: Tensor) -> Tensor:
     return starts_B[:, None] + torch.minimum(steps_S, lengths_B[:, None] - 1)
 
 
-def _visible(before_B: Tensor, num_queries: int, num_keys: int) -> Tensor | None:
-    """Let a query see its row's keys before all queries and those up to its own, (B, 1, Q, S)."""
+def _similar_rows(asked_B: Tensor, lengths_B: Tensor) -> Iterable[Tensor]:
+    """Share out over grids the rows that ask for something: who asks for most comes first."""
+    order = asked_B.argsort(descending=True, stable=True)
+    sizes: list[int] = []
+    most, length = math.inf, 1
+    for asked, its_length in zip(asked_B[order].tolist(), lengths_B[order].tolist(), strict=True):
+        if asked == 0:
+            break  # another row has all of it
+        if asked < MIN_FILL * most or not MIN_FILL <= its_length / length <= 1 / MIN_FILL:
+            sizes.append(0)
+            most, length = asked, its_length
+        sizes[-1] += 1
+    return torch.split(order[: sum(sizes)], sizes)
+
+
+def _mask(before_B: Tensor, num_queries: int, num_keys: int) -> Tensor | None:
+    """Let a query see the keys before all of its row's queries, and those up to its own."""
     if not before_B.any():
         return None  # causality alone says so
-    steps_Q, steps_S = (torch.arange(n, device=before_B.device) for n in (num_queries, num_keys))
+    steps_Q, steps_S = torch.arange(num_queries), torch.arange(num_keys)
     return (steps_S <= before_B[:, None, None] + steps_Q[:, None]).unsqueeze(1)
 
 
@@ -64,41 +85,39 @@ def ragged_rows(boundaries: Tensor, prefixes: Prefixes | None = None) -> RaggedR
     Args:
         boundaries: (B + 1,) int64; row b is tokens[boundaries[b]:boundaries[b + 1]].
         prefixes: if given, the flat tokens are the distinct ones only. Each row still has all its
-            keys in its grid, but asks only for its own tokens, behind those that it shares. With 9
-            short records, attention and its backward pass take 0.68 of the CPU time so (2 cores of
-            an Intel Xeon with AMX).
+            keys in its grid, and as queries all its tokens or its own.
     """
     starts_B, lengths_B = boundaries[:-1], boundaries.diff()
-    asked_B = lengths_B
-    if prefixes is not None:
-        rows_U = torch.bucketize(prefixes.distinct, boundaries[1:], right=True)
-        asked_B = rows_U.bincount(minlength=len(lengths_B))
+    asked_B, own = lengths_B, False
+    if prefixes is not None and boundaries.device.type == "cpu":
+        own = len(prefixes.distinct) <= MAX_OWN * len(prefixes.representative)
+        if own:
+            rows_U = torch.bucketize(prefixes.distinct, boundaries[1:], right=True)
+            asked_B = rows_U.bincount(minlength=len(lengths_B))
     asked_starts_B = asked_B.cumsum(0) - asked_B
-    order = asked_B.argsort(descending=True, stable=True)
-    asked = [count for count in asked_B[order].tolist() if count]  # not of a row that is all shared
-    grids, to_queries, to_keys, real, first = [], [], [], [], 0
-    for row in range(1, len(asked) + 1):
-        if row == len(asked) or asked[row] < MIN_FILL * asked[first]:
-            rows = order[first:row]
-            queries = padded_grid(asked_starts_B[rows], asked_B[rows])
-            keys = padded_grid(starts_B[rows], lengths_B[rows])
-            mask = _visible((lengths_B - asked_B)[rows], queries.shape[1], keys.shape[1])
-            grids.append(Grid(queries.shape, keys.shape, mask))
-            to_queries.append(queries.flatten())
-            to_keys.append(keys.flatten())
-            steps_Q = torch.arange(queries.shape[1], device=boundaries.device)
-            real.append((steps_Q < asked_B[rows, None]).flatten())
-            first = row
-    queries, keys = torch.cat(to_queries), torch.cat(to_keys)
-    cells = torch.cat(real).nonzero().squeeze(1)
-    from_queries = cells[queries[cells].argsort()]
+    grids, query_cells, key_cells = [], [], []
+    for rows in _similar_rows(asked_B, lengths_B):
+        queries = padded_grid(asked_starts_B[rows], asked_B[rows])
+        keys = padded_grid(starts_B[rows], lengths_B[rows])
+        before_B = (lengths_B - asked_B)[rows]
+        mask = _mask(before_B, queries.shape[1], keys.shape[1]) if own else None
+        grids.append(Grid(queries.shape, keys.shape, mask))
+        query_cells.append(queries.flatten())
+        key_cells.append(keys.flatten())
+    to_queries, to_keys = torch.cat(query_cells), torch.cat(key_cells)
+    # The first of the cells in which a token stands: pads come behind it.
+    cells = torch.arange(len(to_queries), device=boundaries.device)
+    from_queries = cells.new_empty(int(asked_B.sum()))
+    from_queries.scatter_reduce_(0, to_queries, cells, "amin", include_self=False)
     if prefixes is not None:
-        keys = prefixes.representative[keys]
+        to_keys = prefixes.representative[to_keys]
+        if not own:
+            to_queries, from_queries = to_keys, from_queries[prefixes.distinct]
     ends = boundaries.to(torch.int32), int(lengths_B.max()), prefixes
-    return RaggedRows(grids, queries, keys, from_queries, *ends)
+    return RaggedRows(grids, to_queries, to_keys, from_queries, *ends)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -125,11 +144,13 @@ def _over_grids(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows) -> Tensor:
         q, k, v = (x.to(torch.promote_types(stored, torch.float32)) for x in (q, k, v))
     # In a grid padded on the right, no real token sees a pad behind it, so a record can see neither
     # pads nor its neighbours. Pad cells are never read back.
-    queries = _laid_out(q, rows.to_queries, [grid.queries for grid in rows.grids])
-    keys, values = (_laid_out(x, rows.to_keys, [grid.keys for grid in rows.grids]) for x in (k, v))
+    queries = _laid_out(q, rows.to_queries, [grid.query_shape for grid in rows.grids])
+    keys, values = (
+        _laid_out(x, rows.to_keys, [grid.key_shape for grid in rows.grids]) for x in (k, v)
+    )
     with torch.autocast(q.device.type, enabled=False):
         mixed = [
-            _causal(q_BQNH, k_BSKH, v_BSKH, grid.mask).flatten(0, 1)
+            _attend(q_BQNH, k_BSKH, v_BSKH, grid.mask).flatten(0, 1)
             for grid, q_BQNH, k_BSKH, v_BSKH in zip(rows.grids, queries, keys, values, strict=True)
         ]
     return torch.cat(mixed).index_select(0, rows.from_queries).to(stored)
@@ -205,7 +226,7 @@ def attention(
         grid[cells] = q
         return _over_cache(grid, k, v, new.mask)[cells]
     if rows is None:
-        return _causal(q, k, v)
+        return _attend(q, k, v)
     # The kernel computes in 16 bits, on Ampere and newer.
     fits = q.is_cuda and q.itemsize == 2 and torch.cuda.get_device_capability(q.device) >= (8, 0)
     kernel = varlen_kernel() if fits else None

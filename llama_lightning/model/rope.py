@@ -12,11 +12,12 @@ from torch import Tensor
 
 from llama_lightning.model.config import LlamaConfig
 
-# MKL finds out what the CPU can do when one of its functions is first called, and of two threads
-# that call at once, one may get a coarse kernel for that call: in 3 % of processes half the first
-# cosines were off by up to 1.5e-4 (2 cores of an Intel Xeon with AMX; pytorch/pytorch#188792). So
-# one thread calls first, here.
-torch.cos(torch.zeros(1, device="cpu"))
+# MKL looks for a function's kernel when it is first called, and of two threads that call at once,
+# one may get a coarse one for that call: in 5 % of processes half the first cosines were off by up
+# to 1.5e-4 (2 cores of an Intel Xeon with AMX; pytorch/pytorch#188792). So one thread calls first,
+# here, and exp for loss.py.
+for _function in (torch.cos, torch.sin, torch.exp):
+    _function(torch.zeros(1, device="cpu"))
 
 
 def inverse_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:

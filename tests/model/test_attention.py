@@ -30,7 +30,10 @@ def test_a_padded_grid_is_its_docstrings_example() -> None:
 
 def _grids(rows: RaggedRows) -> tuple[list[Tensor], list[Tensor]]:
     """Tokens of the queries and of the keys, grid by grid."""
-    queries, keys = ([grid.queries for grid in rows.grids], [grid.keys for grid in rows.grids])
+    queries, keys = (
+        [grid.query_shape for grid in rows.grids],
+        [grid.key_shape for grid in rows.grids],
+    )
     return _split(rows.to_queries, queries), _split(rows.to_keys, keys)
 
 
@@ -57,14 +60,51 @@ def test_a_row_asks_only_for_the_tokens_that_it_does_not_share() -> None:
     tokens = [[1, 2, 3, 4], [1, 2, 5, 6, 7], [1, 2, 3], [1, 2, 3, 8], [9]]
     rows = ragged_rows(torch.tensor([0, 4, 9, 12, 16, 17]), find_prefixes(tokens))
     queries, keys = _grids(rows)
-    assert [grid.tolist() for grid in queries] == [[[0, 1, 2, 3], [4, 5, 6, 6]], [[7], [8]]]
+    # Of the same number of queries, 4 keys and 1 are too different for one grid.
+    assert [grid.tolist() for grid in queries] == [[[0, 1, 2, 3], [4, 5, 6, 6]], [[7]], [[8]]]
     assert [grid.tolist() for grid in keys] == [
         [[0, 1, 2, 3, 3], [0, 1, 4, 5, 6]],
-        [[0, 1, 2, 7], [8, 8, 8, 8]],
+        [[0, 1, 2, 7]],
+        [[8]],
     ]
-    seen = [grid.mask.sum(-1).squeeze(1).tolist() for grid in rows.grids if grid.mask is not None]
-    assert seen == [[[1, 2, 3, 4], [3, 4, 5, 5]], [[4], [1]]]
-    assert rows.from_queries.tolist() == list(range(7)) + [8, 9]
+    masks = [grid.mask for grid in rows.grids]
+    seen = [None if mask is None else mask.sum(-1).squeeze(1).tolist() for mask in masks]
+    assert seen == [[[1, 2, 3, 4], [3, 4, 5, 5]], [[4]], None]
+    assert rows.from_queries.tolist() == [*range(7), 8, 9]
+
+
+def _random_tokens(seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (8,), generator=generator).tolist()
+    return [torch.randint(2, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0], ids=["all queries", "own queries"])
+def test_shared_tokens_are_attended_to_as_each_rows_own(
+    most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_lightning.model.attention.MAX_OWN", most)
+    worst = 0.0
+    for seed in range(50):
+        tokens = _random_tokens(seed)
+        prefixes = find_prefixes(tokens)
+        boundaries = torch.tensor([0, *map(len, tokens)]).cumsum(0)
+        shared = ragged_rows(boundaries, prefixes)
+        assert any(grid.mask is not None for grid in shared.grids) == (most == 1.0)
+        x = torch.randn(len(prefixes.distinct), 8, 8, dtype=torch.float64, requires_grad=True)
+        found = attention(*x.split([4, 2, 2], 1), rows=shared)
+        expanded = x.index_select(0, prefixes.representative)
+        apart = attention(*expanded.split([4, 2, 2], 1), rows=ragged_rows(boundaries))
+        expected = apart.index_select(0, prefixes.distinct)
+        gradient = torch.randn_like(found)
+        pairs = zip(
+            [found, *torch.autograd.grad(found, x, gradient)],
+            [expected, *torch.autograd.grad(expected, x, gradient)],
+            strict=True,
+        )
+        worst = max(worst, *(max_difference(a, b) for a, b in pairs))
+    print(f"50 batches of 8 rows: max |difference| {worst:.1e} (bound 1e-12)")
+    assert worst <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -84,7 +124,7 @@ def test_the_grids_and_back_are_the_identity(lengths: list[int]) -> None:
 
 def test_flat_attention_is_the_attention_of_each_row() -> None:
     boundaries = torch.tensor([0, 12, 26, 37, 41])
-    assert [grid.queries for grid in ragged_rows(boundaries).grids] == [(3, 14), (1, 4)]
+    assert [grid.query_shape for grid in ragged_rows(boundaries).grids] == [(3, 14), (1, 4)]
     q = torch.randn(41, 4, 8, dtype=torch.float64)
     k, v = torch.randn(2, 41, 2, 8, dtype=torch.float64)
     flat = attention(q, k, v, rows=ragged_rows(boundaries))
