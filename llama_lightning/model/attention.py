@@ -60,13 +60,13 @@ def _similar_rows(asked_B: Tensor, lengths_B: Tensor) -> Iterable[Tensor]:
     """Share out over grids the rows that ask for something: who asks for most comes first."""
     order = asked_B.argsort(descending=True, stable=True)
     sizes: list[int] = []
-    most, length = math.inf, 1
-    for asked, its_length in zip(asked_B[order].tolist(), lengths_B[order].tolist(), strict=True):
+    most, first_length = math.inf, 1
+    for asked, length in zip(asked_B[order].tolist(), lengths_B[order].tolist(), strict=True):
         if asked == 0:
             break  # another row has all of it
-        if asked < MIN_FILL * most or not MIN_FILL <= its_length / length <= 1 / MIN_FILL:
+        if asked < MIN_FILL * most or not MIN_FILL <= length / first_length <= 1 / MIN_FILL:
             sizes.append(0)
-            most, length = asked, its_length
+            most, first_length = asked, length
         sizes[-1] += 1
     return torch.split(order[: sum(sizes)], sizes)
 
@@ -88,10 +88,10 @@ def ragged_rows(boundaries: Tensor, prefixes: Prefixes | None = None) -> RaggedR
             keys in its grid, and as queries all its tokens or its own.
     """
     starts_B, lengths_B = boundaries[:-1], boundaries.diff()
-    asked_B, own = lengths_B, False
+    asked_B, own_only = lengths_B, False
     if prefixes is not None and boundaries.device.type == "cpu":
-        own = len(prefixes.distinct) <= MAX_OWN * len(prefixes.representative)
-        if own:
+        own_only = len(prefixes.distinct) <= MAX_OWN * len(prefixes.representative)
+        if own_only:
             rows_U = torch.bucketize(prefixes.distinct, boundaries[1:], right=True)
             asked_B = rows_U.bincount(minlength=len(lengths_B))
     asked_starts_B = asked_B.cumsum(0) - asked_B
@@ -100,7 +100,7 @@ def ragged_rows(boundaries: Tensor, prefixes: Prefixes | None = None) -> RaggedR
         queries = padded_grid(asked_starts_B[rows], asked_B[rows])
         keys = padded_grid(starts_B[rows], lengths_B[rows])
         before_B = (lengths_B - asked_B)[rows]
-        mask = _mask(before_B, queries.shape[1], keys.shape[1]) if own else None
+        mask = _mask(before_B, queries.shape[1], keys.shape[1]) if own_only else None
         grids.append(Grid(queries.shape, keys.shape, mask))
         query_cells.append(queries.flatten())
         key_cells.append(keys.flatten())
@@ -111,7 +111,7 @@ def ragged_rows(boundaries: Tensor, prefixes: Prefixes | None = None) -> RaggedR
     from_queries.scatter_reduce_(0, to_queries, cells, "amin", include_self=False)
     if prefixes is not None:
         to_keys = prefixes.representative[to_keys]
-        if not own:
+        if not own_only:
             to_queries, from_queries = to_keys, from_queries[prefixes.distinct]
     ends = boundaries.to(torch.int32), int(lengths_B.max()), prefixes
     return RaggedRows(grids, to_queries, to_keys, from_queries, *ends)

@@ -27,9 +27,8 @@ CHUNK, GPU_FROZEN_CHUNK = 1024, 512
 # Of those, positions whose softmax each thread of a CPU computes at a time: what it needs stays in
 # the cache, and the loss of 264 positions takes 0.9 of the CPU time with a frozen head of width
 # 2,048, and 0.6 with a trained one of 512 (the same Xeon, in slices of 16 positions). In slices of
-# 8, two threads take 0.85 of that again for the softmax, and leave smaller holes in the heap: a
-# process at the 1B shape peaks 44 MiB lower (2 cores of an Intel Xeon with AMX). A GPU would wait
-# for the launches.
+# 8, two threads take 0.85 of that again for the softmax of 132 positions, and the heap grows by 16
+# instead of 55 MiB for 100 (2 cores of an Intel Xeon with AMX). A GPU would wait for the launches.
 SLICE_A_THREAD = 4
 
 
