@@ -51,11 +51,15 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # What is imported stays. Looking through it for garbage takes a tenth of the seconds that torch
-    # and Lightning take.
+    # and Lightning take; and where freezing and thawing did not count it among what is old, the
+    # next two looks would, another tenth.
     was_collecting = gc.isenabled()
     gc.disable()
     try:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     finally:
         if was_collecting:
+            if not gc.get_freeze_count():  # else somebody wants what is frozen to stay so
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

@@ -44,6 +44,32 @@ def test_an_import_leaves_the_collector_as_it_was(
     assert during == [False]
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_imported_is_old(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector that looked at it as new would do so twice, in a first training step."""
+    homes: list[list[str]] = []
+
+    def imported(name: str) -> object:
+        homes.append([name])
+        return type("Home", (), {"Llama": homes[-1]})
+
+    def is_in(generation: int) -> bool:
+        return any(seen is homes[-1] for seen in gc.get_objects(generation))
+
+    monkeypatch.setattr(llama_lightning, "import_module", imported)
+    collects = gc.isenabled()
+    try:
+        gc.enable()
+        if frozen:
+            gc.freeze()
+        assert llama_lightning.Llama is homes[-1]
+        assert is_in(2) == (not frozen)
+        assert (gc.get_freeze_count() > 0) == frozen  # what somebody else froze stays so
+    finally:
+        gc.unfreeze()
+        (gc.enable if collects else gc.disable)()
+
+
 def test_the_readmes_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
