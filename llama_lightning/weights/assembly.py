@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from llama_lightning.errors import WeightsError
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.llama import Llama
-from llama_lightning.weights import huge_pages
 
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -84,7 +83,7 @@ def assemble_llama(
                 f"{config_file} means {tuple(expected[name].shape)}"
             )
         check_values(where, tensor)
-        _put(model, name, huge_pages.empty(tensor.shape, dtype).copy_(tensor))
+        _put(model, name, tensor.to(dtype, copy=True))
         loaded.add(name)
     absent_biases = {name for name in expected.keys() - loaded if name.endswith("_proj.bias")}
     for name in absent_biases:
