@@ -62,7 +62,8 @@ class LlamaModule(StoredModule):
         dropout: on what attention and MLP add to the residual stream, in training.
         qkv_bias: biases on q, k and v; those the base does not have start at zero.
         base_dtype: type of the frozen weights beside LoRA. Trained weights are fp32 (bf16 under
-            precision bf16-true).
+            precision bf16-true). Frozen weights that have this type in base_model's files stay
+            there while fit runs, so do not change these files meanwhile.
     """
 
     def __init__(
@@ -157,7 +158,12 @@ class LlamaModule(StoredModule):
             model.to(trained_dtype)
         else:
             dtype = self.base_dtype if self.lora.rank else trained_dtype
-            model = load_base(self.folder, self.llama_config, dtype=dtype)
+            # A file's tensors begin anywhere, and products of few rows, which wait for memory, take
+            # 1.2 times as long where lines of the cache do not begin with them. For training it
+            # makes no difference, and the 1B shape with 4 layers is there in 0.1 instead of 0.4 s
+            # (2 cores of an Intel Xeon with AMX).
+            mapped = self.lora.rank > 0 and self._is_fitting
+            model = load_base(self.folder, self.llama_config, dtype=dtype, mapped=mapped)
         self.base_fingerprint = fingerprint(model)
         if self.lora.rank:
             self._inject_lora(model, trained_dtype)

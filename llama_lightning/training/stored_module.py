@@ -38,6 +38,11 @@ class StoredModule(LightningModule):
         """Arguments that the constructor takes again, as plain values; of a dataclass, a dict."""
         raise NotImplementedError
 
+    @property
+    def _is_fitting(self) -> bool:
+        trainer = self._trainer  # none in load_from_checkpoint
+        return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+
     def _trained(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -61,9 +66,7 @@ class StoredModule(LightningModule):
         Raises:
             CheckpointError: other settings, another base, or other tensors.
         """
-        trainer = self._trainer  # none in load_from_checkpoint
-        resume = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        self.check_checkpoint(checkpoint, resume=resume)
+        self.check_checkpoint(checkpoint, resume=self._is_fitting)
         self.configure_model()  # likewise not called there
         stored = checkpoint["llama_lightning"]
         if self.arguments["lora"]["rank"] and stored["base_fingerprint"] != self.base_fingerprint:

@@ -49,6 +49,7 @@ def assemble_llama(
     config: LlamaConfig,
     *,
     dtype: torch.dtype,
+    mapped: bool,
     folder: Path,
     config_file: str,
 ) -> Llama:
@@ -60,6 +61,7 @@ def assemble_llama(
         tensors: all there are, in any order; a tied head may be among them.
         config: of the network.
         dtype: type of the weights in memory.
+        mapped: take tensors of this type as they are, not a copy of them.
         folder: where the tensors come from.
         config_file: name of the file there that the config was read from.
 
@@ -83,7 +85,7 @@ def assemble_llama(
                 f"{config_file} means {tuple(expected[name].shape)}"
             )
         check_values(where, tensor)
-        _put(model, name, tensor.to(dtype, copy=True))
+        _put(model, name, tensor.to(dtype, copy=not mapped))
         loaded.add(name)
     absent_biases = {name for name in expected.keys() - loaded if name.endswith("_proj.bias")}
     for name in absent_biases:

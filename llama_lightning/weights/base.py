@@ -49,17 +49,21 @@ def check_files(folder: Path) -> None:
     _ = meta.weight_files(folder) if _is_meta(folder) else huggingface.weight_files(folder)
 
 
-def load_base(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -> Llama:
+def load_base(
+    folder: Path, config: LlamaConfig, *, dtype: torch.dtype, mapped: bool = False
+) -> Llama:
     """Build a Llama with the folder's weights.
 
     Args:
         folder: of either format.
         config: usually `read_config(folder)`; dropout and qkv_bias may differ.
         dtype: type of the weights in memory.
+        mapped: leave weights of this type in the files, which must stay as they are meanwhile, and
+            let the system bring them to memory. They can be written to, and no file changes.
 
     Raises:
         WeightsError: a tensor missing, too many, misshapen, quantised or not finite, or a file that
             is damaged or refused.
     """
     load = meta.load_meta if _is_meta(folder) else huggingface.load_huggingface
-    return load(folder, config, dtype=dtype)
+    return load(folder, config, dtype=dtype, mapped=mapped)

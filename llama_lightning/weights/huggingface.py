@@ -7,6 +7,7 @@ Only safetensors: a pickle could run code.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,19 +67,20 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tensors(files: list[Path]) -> Iterator[NamedTensor]:
+def _tensors(files: list[Path], *, mapped: bool) -> Iterator[NamedTensor]:
     """Read tensor after tensor, so that one at a time is in memory beside the module."""
     for file in files:
         try:
-            with safe_open(file, framework="pt") as shard:
-                names = list(shard.keys())
-            for name in names:
+            shard: Any = safe_open(file, framework="pt")
+            for name in list(shard.keys()):
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # old exports hold it; it is a function of the config
-                # Opened anew each time: what was read stays mapped, and counts as memory of the
-                # process, until the file is closed.
-                with safe_open(file, framework="pt") as shard:
-                    tensor = shard.get_tensor(name)
+                # What was read stays mapped, and counts as memory of the process, until the file is
+                # closed: it is opened anew for each copy, and once for what stays in it, as two
+                # mappings would each count what lies between.
+                if not mapped:
+                    shard = safe_open(file, framework="pt")
+                tensor = shard.get_tensor(name)
                 yield NamedTensor(name, f"{file}: {name}", tensor)
                 del tensor
         except (SafetensorError, OSError) as error:
@@ -88,19 +90,24 @@ def _tensors(files: list[Path]) -> Iterator[NamedTensor]:
             ) from error
 
 
-def load_huggingface(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -> Llama:
+def load_huggingface(
+    folder: Path, config: LlamaConfig, *, dtype: torch.dtype, mapped: bool = False
+) -> Llama:
     """Build a Llama of the folder's tensors, one by one.
 
     Args:
         folder: with config.json and safetensors.
         config: usually `read_config(folder)`; dropout and qkv_bias may differ.
         dtype: type of the weights in memory.
+        mapped: as in base.py.
 
     Raises:
         WeightsError: see `assemble_llama`; or a file that is damaged.
     """
-    tensors = _tensors(weight_files(folder))
-    return assemble_llama(tensors, config, dtype=dtype, folder=folder, config_file=CONFIG_FILE)
+    tensors = _tensors(weight_files(folder), mapped=mapped)
+    return assemble_llama(
+        tensors, config, dtype=dtype, mapped=mapped, folder=folder, config_file=CONFIG_FILE
+    )
 
 
 def _shards(tensors: dict[str, Tensor], max_bytes: float) -> list[dict[str, Tensor]]:

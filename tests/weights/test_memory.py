@@ -43,12 +43,12 @@ def watch():
 folders = [Path(name) for name in sys.argv[1:]]
 with torch.device("meta"):
     Llama(base.read_config(folders[0]))  # at its first use torch imports more, which is no weight
-for folder in folders:
+for folder, mapped in [(folder, False) for folder in folders] + [(folders[0], True)]:
     model = None
     peak, loaded, before = (0, 0), threading.Event(), memory()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = base.load_base(folder, base.read_config(folder), dtype=torch.bfloat16)
+    model = base.load_base(folder, base.read_config(folder), dtype=torch.bfloat16, mapped=mapped)
     loaded.set()
     watcher.join()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -124,7 +124,7 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> No
         text=True,
         check=True,
     )
-    measured = done.stdout.splitlines()
+    *measured, mapped = done.stdout.splitlines()
     kinds = f"{shards} shards", "one file", "Meta's, in 2 files"
     for line, what in zip(measured, kinds, strict=True):
         size, peak, after, resident = map(int, line.split())
@@ -138,3 +138,10 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> No
         assert max(peak, after) <= 1.15 * size
         assert resident <= 1.25 * size or what == kinds[-1]
     assert shards >= 3
+    size, peak, _, resident = map(int, mapped.split())
+    print(
+        f"weights that stay in {shards} shards: {peak / size:.3f} times as much is copied (bound "
+        f"0.05); with what is mapped {resident / size:.3f} (bound 1.05)"
+    )
+    assert peak <= 0.05 * size
+    assert 0.95 * size < resident <= 1.05 * size
