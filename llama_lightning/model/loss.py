@@ -46,22 +46,26 @@ def _chunks(
     return zip(*parts, strict=True)
 
 
-def _slices(logits_LV: Tensor, targets_L: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    on_cpu = logits_LV.device.type == "cpu"
-    size = SLICE_A_THREAD * torch.get_num_threads() if on_cpu else len(logits_LV)
-    return zip(torch.split(logits_LV, size), torch.split(targets_L, size), strict=True)
-
-
-def _log_probabilities(logits_LV: Tensor) -> Tensor:
-    """In fp32 at least."""
-    return logits_LV.log_softmax(-1, torch.promote_types(logits_LV.dtype, torch.float32))
+def _slices(logits_LV: Tensor, targets_L: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield some rows at a time, and their log-probabilities in fp32 at least, until the next."""
+    wide = torch.promote_types(logits_LV.dtype, torch.float32)
+    if logits_LV.device.type != "cpu":
+        yield logits_LV, targets_L, logits_LV.log_softmax(-1, wide)
+        return
+    size = SLICE_A_THREAD * torch.get_num_threads()
+    # In the same memory each time: glibc's heap would grow by a slice for each of them.
+    rooms = logits_LV.new_empty(2, min(size, len(logits_LV)), logits_LV.shape[1], dtype=wide)
+    for logits, targets in zip(
+        torch.split(logits_LV, size), torch.split(targets_L, size), strict=True
+    ):
+        room, result = rooms[:, : len(logits)]
+        yield logits, targets, torch.log_softmax(room.copy_(logits), -1, out=result)
 
 
 def _loss_into_gradient(logits_LV: Tensor, targets_L: Tensor) -> Tensor:
     """Sum the losses, and put the sum's gradient in the place of the logits."""
     losses = []
-    for logits, targets in _slices(logits_LV, targets_L):
-        gradient = _log_probabilities(logits)
+    for logits, targets, gradient in _slices(logits_LV, targets_L):
         losses.append(-gradient.gather(1, targets[:, None]).sum())
         gradient.exp_()[torch.arange(len(targets), device=targets.device), targets] -= 1.0
         logits.copy_(gradient)
@@ -141,8 +145,8 @@ def loss_and_hits(
     """Sum the losses, and count the targets that are the likeliest token. Arguments as above."""
     losses, hits = [], []
     for hidden, targets in _chunks(hidden_LD, targets_L):
-        for logits, goals in _slices(lm_head(hidden), targets):
-            picked = _log_probabilities(logits).gather(1, goals[:, None])
+        for logits, goals, log_probabilities in _slices(lm_head(hidden), targets):
+            picked = log_probabilities.gather(1, goals[:, None])
             losses.append(-picked.sum())
             # max, as argmax takes 6 times as long on a CPU
             hits.append((logits.max(-1).indices == goals).sum())
