@@ -14,11 +14,12 @@ import torch
 
 from llama_lightning.cli import main
 from llama_lightning.data.prefixes import find_prefixes
-from llama_lightning.model.attention import attention, ragged_rows, varlen_kernel
+from llama_lightning.model.attention import attention, varlen_kernel
 from llama_lightning.model.continuous_batch import ContinuousBatch
 from llama_lightning.model.decode_step import Capture, CudaGraphs, Step
 from llama_lightning.model.generate import generate
 from llama_lightning.model.llama import Llama
+from llama_lightning.model.ragged_rows import ragged_rows
 from llama_lightning.model.sampling import GenerationConfig
 from llama_lightning.records import Generation, Prefixes, PromptBatch
 from tests.model.oracle import small_llama

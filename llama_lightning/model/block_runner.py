@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llama_lightning.model.attention import RaggedRows, attention
+from llama_lightning.model.attention import attention
 from llama_lightning.model.checkpointing import checkpointed
 from llama_lightning.model.compilation import compiled
 from llama_lightning.model.kv_cache import NewTokens
 from llama_lightning.model.llama import Block
+from llama_lightning.model.ragged_rows import RaggedRows
 
 Checkpointing = bool | Literal["selective"]
 
@@ -24,8 +25,9 @@ class BlockRunner:
 
     Attributes:
         checkpointing: compute a block again in the backward pass, whole or but for its wide
-            products and its attention (`selective`). Compiled code keeps products and computes the
-            rest again without being told to, so that `selective` adds nothing to `compile`.
+            products and, on a GPU, its attention (`selective`). Compiled code keeps products and
+            computes the rest again without being told to, so that `selective` adds nothing to
+            `compile`.
         compile: in training and evaluation. Answering stays as it is: its cache grows, and its
             weights may be prepacked.
     """

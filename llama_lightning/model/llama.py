@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama_lightning.model.attention import RaggedRows, attention, ragged_rows
+from llama_lightning.model.attention import attention
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.kv_cache import KVCache, NewTokens
 from llama_lightning.model.linear import ROW_MULTIPLE, Linear, fills_up_rows
+from llama_lightning.model.ragged_rows import RaggedRows, ragged_rows
 from llama_lightning.model.rms_norm import RMSNorm
 from llama_lightning.model.rope import apply_rope, inverse_frequencies, rope_tables
 from llama_lightning.model.swiglu import swiglu

@@ -25,9 +25,9 @@ from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
-from llama_lightning.model.attention import ragged_rows
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig
+from llama_lightning.model.ragged_rows import ragged_rows
 from llama_lightning.records import Batch
 from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.optim import OptimizerConfig

@@ -5,15 +5,8 @@ import torch
 from torch import Tensor
 
 from llama_lightning.data.prefixes import find_prefixes
-from llama_lightning.model.attention import (
-    MIN_FILL,
-    RaggedRows,
-    attention,
-    end_to_end,
-    padded_grid,
-    ragged_rows,
-    varlen_kernel,
-)
+from llama_lightning.model.attention import attention, end_to_end, varlen_kernel
+from llama_lightning.model.ragged_rows import MIN_FILL, RaggedRows, padded_grid, ragged_rows
 from tests.model.oracle import (
     SMALL,
     flat_batch,
@@ -68,7 +61,7 @@ def test_a_row_asks_only_for_the_tokens_that_it_does_not_share() -> None:
         [[8]],
     ]
     masks = [grid.mask for grid in rows.grids]
-    seen = [None if mask is None else mask.sum(-1).squeeze(1).tolist() for mask in masks]
+    seen = [None if mask is None else mask.eq(0).sum(-1).squeeze(1).tolist() for mask in masks]
     assert seen == [[[1, 2, 3, 4], [3, 4, 5, 5]], [[4]], None]
     assert rows.from_queries.tolist() == [*range(7), 8, 9]
 
@@ -83,7 +76,7 @@ def _random_tokens(seed: int) -> list[list[int]]:
 def test_shared_tokens_are_attended_to_as_each_rows_own(
     most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_lightning.model.attention.MAX_OWN", most)
+    monkeypatch.setattr("llama_lightning.model.ragged_rows.MAX_OWN", most)
     worst = 0.0
     for seed in range(50):
         tokens = _random_tokens(seed)
