@@ -212,7 +212,11 @@ def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Q
 
 
 def report(
-    args: argparse.Namespace, clock: Clock, profiler: Quiet, ceiling: float
+    args: argparse.Namespace,
+    clock: Clock,
+    profiler: Quiet,
+    peaks: dict[str, Any],
+    ceiling: float,
 ) -> dict[str, Any]:
     """Make the JSON line's content."""
     steps = clock.steps[args.warmup :]
@@ -253,7 +257,7 @@ def report(
         "losses": [round(s["loss"], 6) for s in clock.steps],
         "machine": machine_name(args.device),
         "torch": torch.__version__,
-        **memory(args.device),
+        **peaks,
     }
 
 
@@ -274,10 +278,11 @@ def main() -> None:
         distributed.destroy_process_group()  # gloo's threads may abort a process that ends
     if rank_zero_only.rank:
         return
+    peaks = memory(args.device)  # the fit's: the matrices of the ceiling add 0.05 GiB
     # In fp32 too: what has no instructions for bf16 is faster so.
     dtypes = [torch.float32, torch.bfloat16] if args.dtype == "bf16" else [torch.float32]
     ceiling = max(matmul_ceiling(dtype, args.device) for dtype in dtypes)
-    print(json.dumps(report(args, clock, profiler, ceiling)), flush=True)
+    print(json.dumps(report(args, clock, profiler, peaks, ceiling)), flush=True)
 
 
 if __name__ == "__main__":
