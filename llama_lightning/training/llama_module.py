@@ -54,8 +54,8 @@ class LlamaModule(StoredModule):
         optimizer: AdamW and its schedule.
         generation: how predict answers.
         gradient_checkpointing: true computes each block again in the backward pass, to save memory;
-            `selective` keeps its wide products and its attention and computes the rest again, as
-            compiled blocks do without it.
+            `selective` keeps its wide products, and on a GPU its attention, and computes the rest
+            again, as compiled blocks do without it.
         compile: compile the blocks for training and evaluation; answering stays as it is.
         share_prefixes: compute equal beginnings of a micro-batch's prompts once. Without effect on
             the result, and off by itself while dropout draws a mask for each record.
