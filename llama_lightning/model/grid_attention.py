@@ -15,6 +15,14 @@ from torch.nn import functional as F
 
 from llama_lightning.model.ragged_rows import Grid, RaggedRows
 
+# torch's kernel for CPUs does not look at how many heads keys have before 2.9 (pytorch/pytorch
+# #157893).
+CPU_HAS_GROUPS = torch.__version__ >= "2.9"  # compared as versions
+# It is slow in 16 bits: in fp32, casts included, rows of 60 tokens take 0.36 of the time and rows
+# of 200 half of it, which saves 6 % of a LoRA step at the 1B shape with 4 layers (CPU time on 2
+# cores of an Intel Xeon with AVX512-BF16).
+CPU_LEAST = torch.float32
+
 
 def _laid_out(cells: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
     """View the cells of all grids as one (rows, heads, steps, H) each."""
@@ -49,12 +57,9 @@ def _order(grid: Grid, dtype: torch.dtype) -> dict[str, Any]:
 
 
 class _Flash(torch.autograd.Function):
-    # torch's kernel is slow in 16 bits: in fp32, casts included, rows of 60 tokens take 0.36 of the
-    # time and rows of 200 half of it, which saves 6 % of a LoRA step at the 1B shape with 4 layers
-    # (CPU time on 2 cores of an Intel Xeon with AVX512-BF16).
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = torch.promote_types(q.dtype, CPU_LEAST)
         mixed, sums = [], []
         with torch.autocast("cpu", enabled=False):
             for grid, *qkv in zip(
@@ -79,7 +84,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, flat, *sums = ctx.saved_tensors
         rows: RaggedRows = ctx.rows
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = torch.promote_types(q.dtype, CPU_LEAST)
         # Of cells that nobody reads, such as pads, it is zero.
         of_cells = gradient.new_zeros(len(rows.to_queries), *gradient.shape[1:], dtype=wide)
         of_cells.index_add_(0, rows.from_queries, gradient.to(wide))
@@ -145,6 +150,10 @@ def over_grids(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows) -> Tensor:
     Returns:
         Like q.
     """
-    attend = _Flash.apply if q.device.type == "cpu" else by_autograd
-    out: Tensor = attend(q, k, v, rows)
-    return out
+    if q.device.type != "cpu":
+        return by_autograd(q, k, v, rows)
+    if CPU_HAS_GROUPS:
+        out: Tensor = _Flash.apply(q, k, v, rows)  # type: ignore[no-untyped-call]
+        return out
+    wide = torch.promote_types(q.dtype, CPU_LEAST)
+    return by_autograd(q.to(wide), k.to(wide), v.to(wide), rows).to(q.dtype)

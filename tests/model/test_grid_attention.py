@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llama_lightning.data.prefixes import find_prefixes
-from llama_lightning.model import ragged_rows
+from llama_lightning.model import grid_attention, ragged_rows
 from llama_lightning.model.grid_attention import by_autograd, over_grids
 from llama_lightning.model.ragged_rows import RaggedRows
 from tests.model.oracle import max_difference, relative_difference
@@ -68,6 +68,20 @@ def test_results_and_gradients_are_autograds(
     # In 16 bits what went out is rounded, of which the backward pass takes a sum over each head.
     assert worst < (1e-6 if dtype == torch.float32 else 8e-3)
     assert [tensor.dtype for tensor in found] == [dtype] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_torch_without_groups_takes_autograds(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = _rows(True, monkeypatch)
+    operands = _operands(rows, dtype)
+    expected = over_grids(*operands, rows)
+    monkeypatch.setattr(grid_attention, "CPU_HAS_GROUPS", False)
+    found = over_grids(*operands, rows)
+    assert "_Flash" in type(expected.grad_fn).__name__
+    assert "_Flash" not in type(found.grad_fn).__name__
+    assert torch.equal(found, expected)
 
 
 @shares
