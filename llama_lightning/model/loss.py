@@ -27,8 +27,8 @@ CHUNK, GPU_FROZEN_CHUNK = 1024, 512
 # Of those, positions whose softmax each thread of a CPU computes at a time: what it needs stays in
 # the cache, and the loss of 264 positions takes 0.9 of the CPU time with a frozen head of width
 # 2,048, and 0.6 with a trained one of 512 (the same Xeon, in slices of 16 positions). In slices of
-# 8, two threads take 0.85 of that again for the softmax of 132 positions, and the heap grows by 16
-# instead of 55 MiB for 100 (2 cores of an Intel Xeon with AMX). A GPU would wait for the launches.
+# 8, two threads take 0.85 of that again for the softmax of 132 positions (2 cores of an Intel Xeon
+# with AMX). A GPU would wait for the launches.
 SLICE_A_THREAD = 4
 
 
@@ -53,7 +53,8 @@ def _slices(logits_LV: Tensor, targets_L: Tensor) -> Iterator[tuple[Tensor, Tens
         yield logits_LV, targets_L, logits_LV.log_softmax(-1, wide)
         return
     size = SLICE_A_THREAD * torch.get_num_threads()
-    # In the same memory each time: glibc's heap would grow by a slice for each of them.
+    # In the same memory each time: 132 positions take 0.6 of the time, 520 half of it, and glibc's
+    # heap does not grow by a slice for each of them, 50 MB in all (the Xeon with AMX).
     rooms = logits_LV.new_empty(2, min(size, len(logits_LV)), logits_LV.shape[1], dtype=wide)
     for logits, targets in zip(
         torch.split(logits_LV, size), torch.split(targets_L, size), strict=True
