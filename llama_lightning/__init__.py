@@ -1,6 +1,7 @@
 """Fine-tune a hand-written Llama 3.2 on Alpaca-format data with PyTorch Lightning."""
 
 import gc
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +51,16 @@ def __getattr__(name: str) -> Any:
     """Import a public name at first use, so that `--help` does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = f"{__name__}.{_HOMES[name]}"
+    if home in sys.modules:
+        return getattr(import_module(home), name)
     # What is imported stays. Looking through it for garbage takes a tenth of the seconds that torch
     # and Lightning take; and where freezing and thawing did not count it among what is old, the
     # next two looks would, another tenth.
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(import_module(home), name)
     finally:
         if was_collecting:
             if not gc.get_freeze_count():  # else somebody wants what is frozen to stay so

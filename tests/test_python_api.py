@@ -2,6 +2,7 @@
 
 import gc
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_an_import_leaves_the_collector_as_it_was(
         assert llama_lightning.Row.__name__ == "Row"
         assert gc.isenabled() == collecting
         monkeypatch.setattr(llama_lightning, "import_module", broken)
+        monkeypatch.delitem(sys.modules, "llama_lightning.model.llama", raising=False)
         with pytest.raises(ImportError, match=r"llama_lightning\.model\.llama"):
             _ = llama_lightning.Llama
         assert gc.isenabled() == collecting
@@ -57,6 +59,7 @@ def test_what_is_imported_is_old(frozen: bool, monkeypatch: pytest.MonkeyPatch) 
         return any(seen is homes[-1] for seen in gc.get_objects(generation))
 
     monkeypatch.setattr(llama_lightning, "import_module", imported)
+    monkeypatch.delitem(sys.modules, "llama_lightning.model.llama", raising=False)
     collects = gc.isenabled()
     try:
         gc.enable()
@@ -65,6 +68,9 @@ def test_what_is_imported_is_old(frozen: bool, monkeypatch: pytest.MonkeyPatch) 
         assert llama_lightning.Llama is homes[-1]
         assert is_in(2) == (not frozen)
         assert (gc.get_freeze_count() > 0) == frozen  # what somebody else froze stays so
+        monkeypatch.setitem(sys.modules, "llama_lightning.model.llama", sys)
+        assert llama_lightning.Llama is homes[-1]
+        assert not is_in(2)  # nothing was imported
     finally:
         gc.unfreeze()
         (gc.enable if collects else gc.disable)()

@@ -58,12 +58,14 @@ def load_base(
         folder: of either format.
         config: usually `read_config(folder)`; dropout and qkv_bias may differ.
         dtype: type of the weights in memory.
-        mapped: leave weights of this type in the files, which must stay as they are meanwhile, and
-            let the system bring them to memory. They can be written to, and no file changes.
+        mapped: leave weights of this type in Hugging Face's files, which must stay as they are as
+            long as the network lives, and let the system bring them to memory. They can be written
+            to, and no file changes.
 
     Raises:
         WeightsError: a tensor missing, too many, misshapen, quantised or not finite, or a file that
             is damaged or refused.
     """
-    load = meta.load_meta if _is_meta(folder) else huggingface.load_huggingface
-    return load(folder, config, dtype=dtype, mapped=mapped)
+    if _is_meta(folder):  # whose rows are reordered
+        return meta.load_meta(folder, config, dtype=dtype)
+    return huggingface.load_huggingface(folder, config, dtype=dtype, mapped=mapped)

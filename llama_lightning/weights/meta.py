@@ -208,21 +208,18 @@ def _tensors(files: list[Path], config: LlamaConfig) -> Iterator[NamedTensor]:
         yield NamedTensor(ours, f"{source}: {name}", tensor)
 
 
-def load_meta(
-    folder: Path, config: LlamaConfig, *, dtype: torch.dtype, mapped: bool = False
-) -> Llama:
+def load_meta(folder: Path, config: LlamaConfig, *, dtype: torch.dtype) -> Llama:
     """Build a Llama of the folder's tensors, one by one.
 
     Args:
         folder: with params.json and consolidated.*.pth, one or several.
         config: usually `read_config(folder)`; dropout and qkv_bias may differ.
         dtype: type of the weights in memory.
-        mapped: as in base.py; pieces that are put together or reordered are copies all the same.
 
     Raises:
         WeightsError: see `assemble_llama`; or a file that is damaged or refused.
     """
     tensors = _tensors(weight_files(folder), config)
     return assemble_llama(
-        tensors, config, dtype=dtype, mapped=mapped, folder=folder, config_file=PARAMS_FILE
+        tensors, config, dtype=dtype, mapped=False, folder=folder, config_file=PARAMS_FILE
     )

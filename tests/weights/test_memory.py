@@ -43,12 +43,14 @@ def watch():
 folders = [Path(name) for name in sys.argv[1:]]
 with torch.device("meta"):
     Llama(base.read_config(folders[0]))  # at its first use torch imports more, which is no weight
-for folder, mapped in [(folder, False) for folder in folders] + [(folders[0], True)]:
+cases = [(folder, torch.bfloat16, False) for folder in folders]
+cases += [(folders[0], torch.bfloat16, True), (folders[0], torch.float16, True)]
+for folder, dtype, mapped in cases:
     model = None
     peak, loaded, before = (0, 0), threading.Event(), memory()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = base.load_base(folder, base.read_config(folder), dtype=torch.bfloat16, mapped=mapped)
+    model = base.load_base(folder, base.read_config(folder), dtype=dtype, mapped=mapped)
     loaded.set()
     watcher.join()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -124,7 +126,7 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> No
         text=True,
         check=True,
     )
-    *measured, mapped = done.stdout.splitlines()
+    *measured, mapped, cast = done.stdout.splitlines()
     kinds = f"{shards} shards", "one file", "Meta's, in 2 files"
     for line, what in zip(measured, kinds, strict=True):
         size, peak, after, resident = map(int, line.split())
@@ -145,3 +147,10 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> No
     )
     assert peak <= 0.05 * size
     assert 0.95 * size < resident <= 1.05 * size
+    size, peak, _, resident = map(int, cast.split())
+    print(
+        f"weights of another type: peak {peak / size:.3f} (bound 1.15); with what is mapped "
+        f"{resident / size:.3f} (bound 1.25)"
+    )
+    assert peak <= 1.15 * size
+    assert resident <= 1.25 * size
