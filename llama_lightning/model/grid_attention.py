@@ -2,7 +2,8 @@
 
 On a CPU it keeps queries, keys, values and its result as they are outside, and brings them into
 grids again for its backward pass. Autograd would keep all of the grids, in fp32: a block of the 1B
-shape keeps 16 instead of 22 MiB of 9 short records, in as much time.
+shape keeps 16 instead of 22 MiB of 9 short records, and attention takes 1.1 times as long, which is
+some 1 % of a step (2 cores of an Intel Xeon with AMX).
 Source: the flash attention of torch for CPUs (arXiv 2205.14135, 2307.08691).
 Letters: T tokens of a flat batch, N heads, K kv heads, H head dimension.
 """
