@@ -63,7 +63,7 @@ class LlamaModule(StoredModule):
         qkv_bias: biases on q, k and v; those the base does not have start at zero.
         base_dtype: type of the frozen weights beside LoRA. Trained weights are fp32 (bf16 under
             precision bf16-true). Frozen weights that have this type in base_model's files stay
-            there from fit on, so do not change these files while it runs.
+            there from fit on: leave these files as they are while its process runs.
     """
 
     def __init__(

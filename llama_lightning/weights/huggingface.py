@@ -24,12 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 MAX_SHARD_BYTES = 5e9  # as transformers 4 has it
 HEAD = "lm_head.weight"
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # that a base may have, and their names
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -74,7 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tensors(files: list[Path], stays: torch.dtype | None) -> Iterator[NamedTensor]:
+def _tensors(files: list[Path], stays: str | None) -> Iterator[NamedTensor]:
     """Read tensor after tensor, so that one at a time is in memory beside the module.
 
     Tensors of the type that stays, if any, share one mapping of their file.
@@ -88,7 +83,7 @@ def _tensors(files: list[Path], stays: torch.dtype | None) -> Iterator[NamedTens
                 # What was read stays mapped, and counts as memory of the process, until the file is
                 # closed: it is opened anew for each copy, and once for what stays in it, as two
                 # mappings would each count what lies between. A head may be one tensor too many.
-                is_kept = name != HEAD and TYPES.get(shard.get_slice(name).get_dtype()) == stays
+                is_kept = name != HEAD and shard.get_slice(name).get_dtype() == stays
                 opened: Any = shard if is_kept else safe_open(file, framework="pt")
                 tensor = opened.get_tensor(name)
                 yield NamedTensor(name, f"{file}: {name}", tensor)
@@ -114,7 +109,7 @@ def load_huggingface(
     Raises:
         WeightsError: see `assemble_llama`; or a file that is damaged.
     """
-    tensors = _tensors(weight_files(folder), stays=dtype if mapped else None)
+    tensors = _tensors(weight_files(folder), stays=TYPES.get(dtype) if mapped else None)
     return assemble_llama(
         tensors, config, dtype=dtype, mapped=mapped, folder=folder, config_file=CONFIG_FILE
     )
