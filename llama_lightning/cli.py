@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] not in NAMES:
             from llama_lightning.errors import UsageError
 
-            raise UsageError(f"unknown verb {given[0]}; verbs are {', '.join(NAMES)}")
+            what = "the verb goes first" if given[0].startswith("-") else f"unknown verb {given[0]}"
+            raise UsageError(f"{what}; verbs are {', '.join(NAMES)}")
         from llama_lightning.usage import plain_file_errors
 
         with _signals_stop(), plain_file_errors():
@@ -236,8 +237,10 @@ def _run(arguments: list[str]) -> None:
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
             path = config.get("ckpt_path")
-            key = "llama_lightning"
-            self.checkpoint = {key: read_checkpoint(path, mmap=True)[key]} if path else None
+            self.checkpoint = None
+            if path:
+                read = read_checkpoint(path, mmap=True)
+                self.checkpoint = {key: read[key] for key in ("llama_lightning", "global_step")}
 
         def check(self) -> None:
             """Everything that can be wrong and is not in a weights file."""
@@ -287,6 +290,12 @@ def _run(arguments: list[str]) -> None:
             if last is None:  # fast_dev_run
                 return
             last = Path(last)
+            if self.checkpoint and self.checkpoint["global_step"] == self.trainer.global_step:
+                print(
+                    f"nothing was trained: {self.config.fit.ckpt_path} is at step "
+                    f"{self.trainer.global_step} already, where this run ends; trainer.max_steps "
+                    "or trainer.max_epochs sets a later end"
+                )
             print(f"trained weights: {last}")
             if not callback.best_model_path:
                 print("no best.ckpt: no validation in this run (trainer.val_check_interval)")

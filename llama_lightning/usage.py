@@ -52,8 +52,9 @@ def read_config(path: Path) -> dict[str, Any]:
             str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.yaml")
         )
         close = difflib.get_close_matches(str(path), near, 5, 0.0)
-        hint = f"; there are {', '.join(close)}" if close else ""
-        raise UsageError(f"--config {path}: no such file{hint}")
+        hint = f"; there are {', '.join(close)}" if close else f"; looked for in {Path.cwd()}"
+        problem = "a folder; name a file" if path.is_dir() else "no such file"
+        raise UsageError(f"--config {path}: {problem}{hint}")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -219,6 +220,9 @@ def plain_reason(text: str) -> str:
         names = re.sub(r"\b\w+\.", "", missing[1])  # without the verb
         return f"{names}: not given; name a config, e.g. --config configs/tiny_lora.yaml"
     keys = [k for k in dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)) if k != "init_args"]
+    unknown = r"Expected a dot import path string: (.+)|class_path '(.+)':\s+(?:No m|m)odule .*'"
+    if no_class := re.search(unknown, text):
+        return f"{'.'.join(keys)}: there is no class {no_class[1] or no_class[2]}"
     wanted = []
     for kind in re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", text, re.MULTILINE):
         if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):

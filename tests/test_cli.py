@@ -122,7 +122,7 @@ def test_broken_config(run, text, said):
         (
             ["--samples.every_n_steps=1", "--data.val_fraction=0"],
             USAGE,
-            "samples.every_n_steps: the validation part is empty",
+            "or samples.every_n_steps to 0",
         ),
         (["--model.dropout=1"], USAGE, "model.dropout is 1.0"),
         (
@@ -136,7 +136,19 @@ def test_broken_config(run, text, said):
         (["--trainer.max_steps=null"], USAGE, "neither trainer.max_steps nor trainer.max_epochs"),
         (["--trainer.accumulate_grad_batches=9"], USAGE, "data.batch_size 8 is smaller than"),
         (["--trainer.precision=16-true"], USAGE, "trainer.precision 16-true: use one of"),
-        (["--trainer.devices=0"], USAGE, "devices"),
+        (["--trainer.devices=0"], USAGE, "trainer.devices is 0; use auto, or a number of devices"),
+        (["--trainer.devices=8x"], USAGE, "trainer.devices is 8x; use auto, or a number of"),
+        (["--config=base"], USAGE, "--config base: a folder; name a file; there are run.yaml"),
+        (
+            ["--model=llama_lightning.model.Llama2"],
+            USAGE,
+            "model: there is no class llama_lightning.model.Llama2",
+        ),
+        (
+            ["--trainer.logger=CSVLogerr"],
+            USAGE,
+            "trainer.logger: there is no class CSVLogerr",
+        ),
         (["--trainer.max_steps=0"], USAGE, "trainer.max_steps is 0; use 1 or more"),
         (["--trainer.strategy=foo"], USAGE, "trainer: You selected an invalid strategy name"),
         (["--trainer.overfit_batches=2"], USAGE, "trainer.overfit_batches changes the order"),
@@ -307,6 +319,8 @@ def test_no_verb_and_unknown_verb(capsys):
     assert main(["--help"]) == 0
     assert main(["fti"]) == USAGE
     assert "unknown verb fti; verbs are fit" in capsys.readouterr().err
+    assert main(["--config", "x.yaml", "fit"]) == USAGE
+    assert "the verb goes first; verbs are fit" in capsys.readouterr().err
 
 
 def test_the_help_of_a_verb_explains_every_key_of_ours(capsys):

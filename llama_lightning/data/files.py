@@ -82,6 +82,8 @@ def _json(path: Path) -> Iterator[Any]:
         text = _JsonText(file)
         try:
             first = text.next_character()
+            if not first:
+                return
             if first != "[":
                 # The whole file may be one object or string: it is not parsed to be refused.
                 found = {"{": kind({}), '"': kind("")}.get(first) or kind(text.take_value())

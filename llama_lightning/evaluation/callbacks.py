@@ -221,7 +221,7 @@ class SampleResponses(Callback):
         if not self._rows:
             raise UsageError(
                 "samples.every_n_steps: the validation part is empty; set data.val_fraction or "
-                "data.val_path"
+                "data.val_path, or samples.every_n_steps to 0"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -287,14 +287,21 @@ class JudgeCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Grade, or say how; Lightning has just moved the model off the device."""
-        if stage != "predict" or self.config.backend == "none" or not trainer.is_global_zero:
+        if stage != "predict" or self.config.backend == "none":
+            return
+        # The run's own config, which has all settings of the judge. All ranks ask, as it is a
+        # broadcast.
+        config = Path(trainer.log_dir or ".") / "config.yaml"
+        if not trainer.is_global_zero:
             return
         writer = self._writer(trainer)
         if trainer.world_size > 1:
-            print(
-                "next: python -m llama_lightning judge --config FILE "
-                f"--judge.backend {self.config.backend} --responses.path {writer.target}"
+            how = (
+                f"--config {config}"
+                if config.is_file()
+                else f"--judge.backend {self.config.backend}"
             )
+            print(f"next: python -m llama_lightning judge {how} --responses.path {writer.target}")
             return
         gc.collect()
         if torch.cuda.is_available():

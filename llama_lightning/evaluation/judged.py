@@ -31,8 +31,13 @@ class JudgedRun(NamedTuple):
         path = self.folder / VERDICTS
         verdicts = read_verdicts(path)
         responses = read_responses(self.responses)[: self.total]
+        if len(responses) < self.total:
+            raise JudgeError(
+                f"{path}: is on {self.total} responses, and {self.responses} has only "
+                f"{len(responses)} by now: run judge again"
+            )
         keys = [self.settings.key(response) for response in responses]
-        if missing := sum(key not in verdicts for key in keys) + self.total - len(keys):
+        if missing := sum(key not in verdicts for key in keys):
             raise JudgeError(
                 f"{path}: no verdict on {missing} of {self.total} responses in {self.responses}; "
                 "they have changed since, or the prompt has: run judge again"

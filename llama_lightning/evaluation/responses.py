@@ -12,6 +12,11 @@ from llama_lightning.records import Response
 
 
 def _rows(path: Path) -> list[Any]:
+    if path.is_dir():
+        raise DataError(
+            f"responses.path: {path} is a folder; name the file in it, e.g. "
+            f"{path / 'responses.jsonl'}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

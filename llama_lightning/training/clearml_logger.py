@@ -94,8 +94,7 @@ class ClearMLLogger(Logger):
     def __init__(self, project_name: str = "llama_lightning", task_name: str = "fit") -> None:
         if find_spec("clearml") is None:
             raise UsageError(
-                "ClearMLLogger needs clearml, which is not installed; "
-                "pip install 'llama-lightning[clearml]'"
+                "ClearMLLogger needs clearml, which is not installed; pip install -e '.[clearml]'"
             )
         super().__init__()
         self._project_name, self._task_name = project_name, task_name

@@ -147,9 +147,10 @@ def _export_merged(
         measured[f"validation loss merged, in {in_memory}"] = _shown(after)
         if trainer.is_global_zero and before is not None and after is not None:
             remark = "" if abs(after - before) <= TOLERANCE else f": MORE THAN {TOLERANCE}"
+            rounded = "; not measured: its rounding to q8_0" if file_type == "q8_0" else ""
             print(
                 f"validation loss {before:.5f} as trained, {after:.5f} merged in {in_memory} "
-                f"(difference {after - before:+.1e}{remark})"
+                f"(difference {after - before:+.1e}{remark}){rounded}"
             )
     if not trainer.is_global_zero:
         return
@@ -234,7 +235,8 @@ class ExportAtEnd(Callback):
     Args:
         format: `auto` is the adapter of a LoRA run and the Hugging Face folder of a full one;
             `peft`, `hf`, `gguf`, or `none`.
-        output: the folder; by default export/ in the run's folder.
+        output: the folder; by default export/ in the run's folder. The verb `export` has to be
+            told.
         dtype: type of the weights; `auto` is the one in which the run computes its products;
             `q8_0` is for gguf.
         overwrite: an earlier export in `output` is replaced.

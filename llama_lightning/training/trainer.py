@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -33,7 +34,7 @@ class Trainer(pl.Trainer):
         project_name: runs of a project stand together, in lightning_logs/PROJECT.
         experiment_name: the run's folder there, instead of version_N; a random text is appended, so
             that a second run does not meet the first.
-        log_to_clearml: log to ClearML too; needs `pip install 'llama-lightning[clearml]'`.
+        log_to_clearml: log to ClearML too; needs `pip install -e '.[clearml]'`.
         **kwargs: all other arguments of lightning.pytorch.Trainer.
     """
 
@@ -90,7 +91,15 @@ class Trainer(pl.Trainer):
         # Lightning takes null for 1000 epochs, with a warning.
         if max_steps is None and kwargs.get("max_epochs") is None:
             kwargs["max_epochs"] = -1
-        super().__init__(max_steps=-1 if max_steps is None else max_steps, **kwargs)
+        try:
+            super().__init__(max_steps=-1 if max_steps is None else max_steps, **kwargs)
+        except (TypeError, MisconfigurationException) as error:
+            if "devices" not in kwargs or "devices" not in str(error):
+                raise
+            raise UsageError(
+                f"trainer.devices is {kwargs['devices']}; use auto, or a number of devices or "
+                f"processes, 1 or more ({' '.join(str(error).split())})"
+            ) from error
 
     def check(self) -> None:
         """Refuse a fit whose step would not be exact, or whose length is not given once.

@@ -2,11 +2,13 @@
 
 Answers the first rows of a file with random weights of a real shape, `--batch` at a time, and
 prints one JSON line. Random weights never end, so each row's answer has `--new` tokens, or with
-`--new reference` as many as its reference. Each of our calls lays the weights out anew (prepacking)
-and that is in its time. `--peer hf` does the same work with transformers: static batches in file
-order, of whose tokens only those up to each row's own length are counted. `decode_step_ms` is one
-step of decoding alone, from calls of two lengths. `*_cpu` divides by CPU seconds a thread.
-`--peers` runs both in turn, at several sizes, and prints the ratios as a table.
+`--new reference` as many as its reference. With `--temperature` above 0 they are drawn: the logits
+of random weights are flat, and a low one leaves as few likely tokens as training does. Each of our
+calls lays the weights out anew (prepacking) and that is in its time. `--peer hf` does the same work
+with transformers: static batches in file order, of whose tokens only those up to each row's own
+length are counted. `decode_step_ms` is one step of decoding alone, from calls of two lengths.
+`*_cpu` divides by CPU seconds a thread. `--peers` runs both in turn, at several sizes, and prints
+the ratios as a table.
 """
 
 import argparse
@@ -45,10 +47,11 @@ def num_new(row: Row, tokenizer: Tokenizer, new: str) -> int:
 def ours(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Call:
     """Make a call of `predict`; the weights are read by the first."""
     # Here, because the other peer's environment need not have Lightning.
-    from llama_lightning import LlamaModule, Trainer
+    from llama_lightning import GenerationConfig, LlamaModule, Trainer
     from tests.benchmarks.folded import FixedLengths
 
-    module = LlamaModule(base_model=str(folder), base_dtype=args.dtype)
+    generation = GenerationConfig(temperature=args.temperature, top_p=args.top_p)
+    module = LlamaModule(base_model=str(folder), base_dtype=args.dtype, generation=generation)
     trainer = Trainer(
         accelerator=args.device,
         devices=1,
@@ -76,6 +79,8 @@ def huggingface(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) ->
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
     model.to(args.device).generation_config.eos_token_id = None
+    drawn = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    choice = {"do_sample": True, **drawn} if args.temperature else {"do_sample": False}
 
     @torch.inference_mode()
     def call(records: Path, new: str) -> None:
@@ -90,7 +95,7 @@ def huggingface(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) ->
             model.generate(
                 (ids % model.config.vocab_size).to(args.device),
                 attention_mask=mask.to(args.device),
-                do_sample=False,
+                **choice,
                 max_new_tokens=most,
                 min_new_tokens=most,
                 pad_token_id=0,
@@ -133,6 +138,8 @@ def measure(args: argparse.Namespace, folder: Path, records: Path) -> dict[str, 
         "batch": args.batch,
         "rows": len(rows),
         "new": args.new,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
         "tag": os.environ.get("PEER_TAG", ""),
         "new_tok_s": round(new_tokens / statistics.median(walls), 2),
         "new_tok_s_cpu": round(new_tokens / statistics.median(cpus) * args.threads, 2),
@@ -156,12 +163,15 @@ class Entry(NamedTuple):
     rows: int | None = None  # by default --set-rows
     new: str = "reference"
     records: str = SHORT
+    drawn: bool = False  # at --temperature 0.05 --top-p 0.9, not the likeliest tokens
 
 
 PLAN = {
     "batch1": Entry("64 tokens each", 1, 12, "64"),
     "batch8": Entry("64 tokens each", 8, 32, "64"),
     "batch32": Entry("64 tokens each", 32, 64, "64"),
+    "drawn8": Entry("64 tokens each, drawn", 8, 32, "64", drawn=True),
+    "drawn32": Entry("64 tokens each, drawn", 32, 64, "64", drawn=True),
     "set8": Entry("as long as the reference, short", 8),
     "set32": Entry("as long as the reference, short", 32),
     "long8": Entry("as long as the reference, long", 8, 32, records=LONG),
@@ -173,10 +183,11 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     waiting = interleaved.waiting()
     dtype = interleaved.peers_dtype(args)
     found = {}
-    for key, (_, batch, rows, new, records) in PLAN.items():
+    for key, (_, batch, rows, new, records, drawn) in PLAN.items():
         flags = ["--shape", args.shape, "--records", args.data / records]
         flags += ["--tokenizer", args.data / TOKENIZER, "--rows", rows or args.set_rows]
         flags += ["--batch", batch, "--new", new, "--repeats", 1, "--threads", args.threads]
+        flags += ["--temperature", 0.05, "--top-p", 0.9] if drawn else []
         command = interleaved.measurement("generate", [*flags, "--device", args.device, "--peer"])
         found[key] = [
             Job(OURS, [*command, OURS], waiting),
@@ -223,6 +234,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="prompts to answer")
     parser.add_argument("--batch", type=int, default=8, help="answered at a time")
     parser.add_argument("--new", default="64", help="tokens an answer, or: reference")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")

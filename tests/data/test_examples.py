@@ -296,7 +296,7 @@ def test_prompts_to_answer_need_no_output(tmp_path):
 GOOD = json.dumps(RECORD)
 BAD_FILES = {
     "not JSON": ("a.json", '[\n  {"instruction": x}\n]', "a.json, line 2, column 19: not JSON"),
-    "an empty .json": ("a.json", "", "a.json, line 1, column 1: not JSON"),
+    "an empty .json": ("a.json", " ", "a.json: no records in it"),
     "a cut .json": ("a.json", f"[{GOOD},", "a.json, line 1, column "),
     "not JSON in a line": (
         "a.jsonl",

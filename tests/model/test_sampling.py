@@ -1,6 +1,8 @@
 """What is sampled from is what transformers' logits processors would sample from."""
 
 import itertools
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import (
 
 from llama_lightning.model.generate import generate
 from llama_lightning.model.sampling import (
+    SORTED,
     GenerationConfig,
     next_tokens,
     penalise_repetition,
@@ -36,7 +39,11 @@ def _logits() -> torch.Tensor:
 
 
 def _oracle(logits: torch.Tensor, seen: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """Transformers' processors, in the order in which its `generate` builds them."""
+    """Transformers' processors, in the order in which its `generate` builds them.
+
+    Its sort leaves equals in an order that depends on the processor, and so which of them top-p
+    keeps. Here it is a stable one.
+    """
     steps = LogitsProcessorList()
     if config.repetition_penalty != 1.0:
         steps.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
@@ -47,7 +54,8 @@ def _oracle(logits: torch.Tensor, seen: torch.Tensor, config: GenerationConfig) 
         steps.append(TopPLogitsWarper(config.top_p))
     if config.min_p:
         steps.append(MinPLogitsWarper(config.min_p))
-    return steps(seen, logits.double()).softmax(-1)
+    with mock.patch("torch.sort", partial(torch.sort, stable=True)):
+        return steps(seen, logits.double()).softmax(-1)
 
 
 def _ours(logits: torch.Tensor, seen: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
@@ -92,6 +100,22 @@ def test_a_setting_left_out_fails_the_comparison(fields: dict[str, float]) -> No
     logits, seen = _logits(), torch.randint(VOCABULARY, (ROWS, 20))
     plain = _ours(logits, seen, GenerationConfig(temperature=1.0))
     assert _total_variation(plain, _oracle(logits, seen, config)) > 1000 * BOUND
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_top_p_keeps_transformers_tokens_however_many(scale: float, top_p: float) -> None:
+    # As in bf16, many are equal, so that the edge falls among equals.
+    logits = (torch.randn(24, 8 * SORTED) * 8).round().double() / 8 * scale
+    config = GenerationConfig(temperature=1.0, top_p=top_p)
+    kept = probabilities(logits, config) > 0
+    expected = _oracle(logits, torch.zeros(24, 1, dtype=torch.int64), config) > 0
+    counts = expected.sum(-1)
+    edges = logits.masked_fill(~expected, torch.inf).amin(-1, keepdim=True)
+    parted = int((((logits == edges) & ~expected).sum(-1) > 0).sum())
+    print(f"{counts.min()} to {counts.max()} of {8 * SORTED} kept, {parted} edges among equals")
+    assert parted > 12 or counts.max() <= 2
+    assert torch.equal(kept, expected)
 
 
 def test_draws_follow_the_filtered_probabilities() -> None:

@@ -52,6 +52,16 @@ def test_a_resumed_run_keeps_its_good_checkpoint(workplace, tmp_path):
     assert files == {3}
 
 
+def test_a_run_that_was_through_says_so(workplace, tmp_path, capfd):
+    arguments = [*fit_arguments(workplace, tmp_path, 0), "--trainer.limit_val_batches=0"]
+    arguments += ["--trainer.max_epochs=null", "--trainer.max_steps=1"]
+    assert main(["fit", *arguments]) == 0
+    assert "nothing was trained" not in capfd.readouterr().out
+    last = tmp_path / "last.ckpt"
+    assert main(["fit", *arguments, f"--ckpt_path={last}"]) == 0
+    assert f"nothing was trained: {last} is at step 1 already" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     "ended_by",
     [

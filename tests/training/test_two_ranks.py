@@ -20,6 +20,17 @@ def arguments(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+def test_predict_on_two_ranks_says_how_to_grade(tmp_path: Path) -> None:
+    keys = [f"--trainer.default_root_dir={tmp_path}", "--trainer.limit_predict_batches=1"]
+    keys += ["--judge.backend=exact", "--trainer.strategy=auto"]
+    output = on_two_ranks(["predict", f"--config={ROOT}/configs/tiny_lora.yaml", *keys])
+    (command,) = re.findall(r"next: python -m llama_lightning (judge .+)", output)
+    print(command)
+    assert main(command.split()) == 0
+    assert len(list(tmp_path.rglob("report.html"))) == 1
+
+
+@pytest.mark.slow
 def test_two_ranks_train_what_one_trains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folders = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
     assert main([*arguments(folders[1]), "--trainer.devices=1"]) == 0
