@@ -289,18 +289,15 @@ class JudgeCallback(Callback):
         """Grade, or say how; Lightning has just moved the model off the device."""
         if stage != "predict" or self.config.backend == "none":
             return
-        # The run's own config, which has all settings of the judge. All ranks ask, as it is a
-        # broadcast.
+        # The run's own config has all settings of the judge. All ranks ask, as it is a broadcast.
         config = Path(trainer.log_dir or ".") / "config.yaml"
         if not trainer.is_global_zero:
             return
         writer = self._writer(trainer)
         if trainer.world_size > 1:
-            how = (
-                f"--config {config}"
-                if config.is_file()
-                else f"--judge.backend {self.config.backend}"
-            )
+            how = f"--judge.backend {self.config.backend}"
+            if config.is_file():
+                how = f"--config {config}"
             print(f"next: python -m llama_lightning judge {how} --responses.path {writer.target}")
             return
         gc.collect()

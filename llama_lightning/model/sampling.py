@@ -91,9 +91,9 @@ def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
     """Find the fewest likeliest tokens that hold `top_p`, (B, V) bool; of equals the last ones."""
     vocab_size = logits_BV.shape[1]
     total_B1 = logits_BV.logsumexp(-1, keepdim=True)
-    # Few of them hold `top_p`, and to sort all takes most of the time of sampling: with 1,024 sorted
-    # a row of 128,256 tokens is drawn in 3 instead of 10 ms, 32 in 90 instead of 250; where that is
-    # not enough, in 1.2 times the time (2 cores of an Intel Xeon with AMX).
+    # Few of them hold `top_p`, and to sort all takes most of the time of sampling: with 1,024
+    # sorted, a row of 128,256 tokens is drawn in 3 instead of 10 ms, 32 in 90 instead of 250; where
+    # that is not enough, in 1.2 times the time (2 cores of an Intel Xeon with AMX).
     for size in (min(SORTED, vocab_size), vocab_size):
         sorted_BK = logits_BV.topk(size).values
         probs_BK = (sorted_BK - total_B1).exp()
