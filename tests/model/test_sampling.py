@@ -19,9 +19,9 @@ from llama_lightning.model.generate import generate
 from llama_lightning.model.sampling import (
     SORTED,
     GenerationConfig,
+    candidates,
     next_tokens,
     penalise_repetition,
-    probabilities,
     row_generator,
 )
 from tests.model.oracle import huggingface_twin, small_llama
@@ -58,9 +58,15 @@ def _oracle(logits: torch.Tensor, seen: torch.Tensor, config: GenerationConfig) 
         return steps(seen, logits.double()).softmax(-1)
 
 
+def _probabilities(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    probs, tokens = candidates(logits, config)
+    assert (tokens.diff() > 0).all()
+    return torch.zeros_like(logits, dtype=torch.float64).scatter_(1, tokens, probs)
+
+
 def _ours(logits: torch.Tensor, seen: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, seen, True)
-    return probabilities(penalise_repetition(logits, mask, config.repetition_penalty), config)
+    return _probabilities(penalise_repetition(logits, mask, config.repetition_penalty), config)
 
 
 def _total_variation(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -102,19 +108,32 @@ def test_a_setting_left_out_fails_the_comparison(fields: dict[str, float]) -> No
     assert _total_variation(plain, _oracle(logits, seen, config)) > 1000 * BOUND
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_p": 0.1},
+        {"top_p": 0.9},
+        {"top_p": 0.999},
+        {"top_k": 40},
+        {"top_k": SORTED[0]},
+        {"top_k": SORTED[0], "top_p": 0.9},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
-def test_top_p_keeps_transformers_tokens_however_many(scale: float, top_p: float) -> None:
+def test_a_filter_keeps_transformers_tokens_however_many(
+    scale: float, fields: dict[str, float]
+) -> None:
     # As in bf16, many are equal, so that the edge falls among equals.
-    logits = (torch.randn(24, 8 * SORTED) * 8).round().double() / 8 * scale
-    config = GenerationConfig(temperature=1.0, top_p=top_p)
-    kept = probabilities(logits, config) > 0
+    logits = (torch.randn(24, 2 * SORTED[1]) * 8).round().double() / 8 * scale
+    config = GenerationConfig(temperature=1.0, **fields)
+    kept = _probabilities(logits, config) > 0
     expected = _oracle(logits, torch.zeros(24, 1, dtype=torch.int64), config) > 0
     counts = expected.sum(-1)
     edges = logits.masked_fill(~expected, torch.inf).amin(-1, keepdim=True)
     parted = int((((logits == edges) & ~expected).sum(-1) > 0).sum())
-    print(f"{counts.min()} to {counts.max()} of {8 * SORTED} kept, {parted} edges among equals")
-    assert parted > 12 or counts.max() <= 2
+    print(f"{counts.min()} to {counts.max()} of {2 * SORTED[1]} kept, {parted} edges among equals")
+    assert parted > 12 or counts.max() <= 2 or config.top_p == 1.0  # top-k keeps all equals
     assert torch.equal(kept, expected)
 
 
@@ -124,7 +143,7 @@ def test_draws_follow_the_filtered_probabilities() -> None:
     logits = torch.randn(1, 50).expand(draws, -1)
     generators = [row_generator(5, row) for row in range(draws)]
     counts = torch.bincount(next_tokens(logits, config, generators), minlength=50)
-    expected = probabilities(logits[:1], config)[0] * draws
+    expected = _probabilities(logits[:1], config)[0] * draws
     possible = expected > 0
     assert possible.sum() >= 4
     assert counts[~possible].sum() == 0
