@@ -95,9 +95,9 @@ def _filtered(logits_BV: Tensor, config: GenerationConfig) -> tuple[Tensor, Tens
     vocab_size = logits_BV.shape[1]
     takes_k = 0 < config.top_k < vocab_size
     # Few tokens are kept, and to sort all takes most of the time of sampling: with 1,024 sorted, a
-    # row of 128,256 tokens is drawn in 2 instead of 10 ms, 32 in 50 instead of 250; where
-    # that is not enough, 32 take 150, and 500 where flat logits leave more than 16,384 of them
-    # (2 cores of an Intel Xeon with AMX).
+    # row of 128,256 tokens is drawn in 2 instead of 10 ms, 32 in 50 instead of 250; where that is
+    # not enough, 32 take 150, and 500 where flat logits leave more than 16,384 (2 cores of an Intel
+    # Xeon with AMX).
     for size in (*SORTED, vocab_size):
         size = min(max(size, config.top_k), vocab_size)
         sorted_BK, tokens_BK = logits_BV.topk(size)

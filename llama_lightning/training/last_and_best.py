@@ -114,12 +114,10 @@ class LastAndBest(ModelCheckpoint):
             self._write_last(trainer)
             if trainer.is_global_zero:
                 path = Path(self.last_model_path)
-                config = path.parents[1] / "config.yaml"  # where the run's folder has the file
-                how = f"--config {config} " if config.is_file() else ""
-                print(
-                    f"stopped behind step {trainer.global_step}; go on with "
-                    f"python -m llama_lightning fit {how}--ckpt_path {path}"
-                )
+                how = f"--ckpt_path {path}"
+                if not self._given and (config := path.parents[1] / "config.yaml").is_file():
+                    how = f"python -m llama_lightning fit --config {config} {how}"
+                print(f"stopped behind step {trainer.global_step}; go on with {how}")
 
     @staticmethod
     def _inside_step(trainer: Trainer) -> bool:
