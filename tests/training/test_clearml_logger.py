@@ -250,7 +250,7 @@ def test_no_server_is_one_line_and_soon(run_alone, tmp_path, environment, reason
 
 def test_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "clearml", None)
-    with pytest.raises(UsageError, match=r"pip install 'llama-lightning\[clearml\]'$"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[clearml\]'$"):
         ClearMLLogger()
 
 
