@@ -120,9 +120,13 @@ def medians(lines: Sequence[Line], keys: Iterable[str]) -> dict[str, dict[str, f
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lay out a table; None is an empty cell."""
+    """Lay out a table, numbers by five digits; None is an empty cell."""
+
+    def cell(x: object) -> str:
+        return "" if x is None else f"{x:.5g}" if isinstance(x, float) else str(x)
+
     lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join('' if x is None else str(x) for x in line)} |" for line in lines]
+    return [f"| {' | '.join(map(cell, line))} |" for line in lines]
 
 
 def ratio(mine: float, theirs: float | None) -> str | None:
