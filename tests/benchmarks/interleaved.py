@@ -120,10 +120,12 @@ def medians(lines: Sequence[Line], keys: Iterable[str]) -> dict[str, dict[str, f
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lay out a table, numbers by five digits; None is an empty cell."""
+    """Lay out a table; None is an empty cell."""
 
     def cell(x: object) -> str:
-        return "" if x is None else f"{x:.5g}" if isinstance(x, float) else str(x)
+        if isinstance(x, float):
+            x = round(x, 9)  # the mean of two numbers need not be a short one
+        return "" if x is None else str(x)
 
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(map(cell, line))} |" for line in lines]
