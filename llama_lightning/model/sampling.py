@@ -93,7 +93,9 @@ def _filtered(logits_BV: Tensor, config: GenerationConfig) -> tuple[Tensor, Tens
     Of equals, top-k keeps all and top-p the last ones that it needs.
     """
     vocab_size = logits_BV.shape[1]
-    takes_k = 0 < config.top_k < vocab_size
+    top_k = min(config.top_k or vocab_size, vocab_size)
+    if top_k == vocab_size:
+        total_B1 = (logits_BV.double() / config.temperature).logsumexp(-1, keepdim=True)
     # Few tokens are kept, and to sort all takes most of the time of sampling: with 1,024 sorted, a
     # row of 128,256 tokens is drawn in 2 instead of 10 ms, 32 in 50 instead of 250; where that is
     # not enough, 32 take 150, and 500 where flat logits leave more than 16,384 (2 cores of an Intel
@@ -102,20 +104,17 @@ def _filtered(logits_BV: Tensor, config: GenerationConfig) -> tuple[Tensor, Tens
         size = min(max(size, config.top_k), vocab_size)
         sorted_BK, tokens_BK = logits_BV.topk(size)
         sorted_BK = sorted_BK.double() / config.temperature
-        kept_BK = torch.ones_like(sorted_BK, dtype=torch.bool)
-        if takes_k:
-            kept_BK = sorted_BK >= sorted_BK[:, config.top_k - 1, None]
+        kth_B1 = sorted_BK[:, min(top_k, size) - 1, None]
+        kept_BK = sorted_BK >= kth_B1
+        if top_k < vocab_size:
+            total_B1 = sorted_BK.where(kept_BK, -torch.inf).logsumexp(-1, keepdim=True)
         if config.top_p < 1.0:
-            if takes_k:
-                among = sorted_BK.where(kept_BK, -torch.inf)
-            else:
-                among = logits_BV.double() / config.temperature
-            probs_BK = (sorted_BK - among.logsumexp(-1, keepdim=True)).exp()
+            probs_BK = (sorted_BK - total_B1).exp()
             kept_BK &= probs_BK.cumsum(-1) - probs_BK < config.top_p  # of what is likelier
         kept_BK[:, 0] = True
         num_kept_B1 = kept_BK.sum(-1, keepdim=True)
         last_B1 = sorted_BK.gather(1, num_kept_B1 - 1)
-        least_B1 = sorted_BK[:, config.top_k - 1, None] if takes_k else last_B1
+        least_B1 = kth_B1 if top_k < vocab_size else last_B1
         if size == vocab_size or (sorted_BK[:, -1:] < least_B1).all():
             break  # nothing is missing that is kept, or equal to it
     num_equals_B1 = num_kept_B1 - (sorted_BK > last_B1).sum(-1, keepdim=True)
