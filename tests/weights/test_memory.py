@@ -53,6 +53,7 @@ for folder, dtype, mapped in cases:
     model = base.load_base(folder, base.read_config(folder), dtype=dtype, mapped=mapped)
     loaded.set()
     watcher.join()
+    peak = tuple(map(max, peak, memory()))  # it may have slept when the last tensor came
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(size, peak[0] - before[0], memory()[0] - before[0], peak[1] - before[1])
 """
