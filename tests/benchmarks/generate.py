@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,19 @@ from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.data.tokenizer import Tokenizer
 from tests.benchmarks import interleaved
 from tests.benchmarks.inputs import DATA, LONG, SHORT, TOKENIZER, check_files, device
-from tests.benchmarks.interleaved import Job, Part, Runs
+from tests.benchmarks.interleaved import (
+    Job,
+    Line,
+    Part,
+    Ratios,
+    Runs,
+    markdown,
+    measurement,
+    medians,
+    peak_gib,
+    ratio,
+    two_digits,
+)
 from tests.benchmarks.machine import machine_name, memory, synchronize
 from tests.random_llama import SHAPES, kept_random_llama
 
@@ -188,7 +200,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         flags += ["--tokenizer", args.data / TOKENIZER, "--rows", rows or args.set_rows]
         flags += ["--batch", batch, "--new", new, "--repeats", 1, "--threads", args.threads]
         flags += ["--temperature", 0.05, "--top-p", 0.9] if drawn else []
-        command = interleaved.measurement("generate", [*flags, "--device", args.device, "--peer"])
+        command = measurement("generate", [*flags, "--device", args.device, "--peer"])
         found[key] = [
             Job(OURS, [*command, OURS], waiting),
             Job(HF, [args.hf, *command[1:], HF, "--dtype", dtype], waiting),
@@ -196,26 +208,39 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     return found
 
 
+def medians_of_both(lines: Sequence[Line]) -> list[dict[str, float]]:
+    """Take the medians of ours and of transformers; what failed has none."""
+    keys = ("new_tok_s", "new_tok_s_cpu", "decode_step_ms", "rows")
+    figures = medians(lines, (*keys, "peak_rss_gib", "peak_cuda_gib"))
+    return [figures.get(peer, {}) for peer in (OURS, HF)]
+
+
+def ratios(lines: Sequence[Line]) -> Ratios:
+    """Divide ours by transformers'."""
+    mine, theirs = medians_of_both(lines)
+    if not mine or not theirs:
+        return Ratios()
+    speeds = (ratio(mine[name], theirs[name]) for name in ("new_tok_s", "new_tok_s_cpu"))
+    return Ratios(*speeds, ratio(peak_gib(mine), peak_gib(theirs)))
+
+
 def table(runs: Runs) -> list[str]:
     """Lay out medians and ratios to transformers; of steps' times how often ours fits in theirs."""
-    keys = ("new_tok_s", "new_tok_s_cpu", "decode_step_ms", "rows")
-    keys += ("peak_rss_gib", "peak_cuda_gib")
     rows: list[list[object]] = []
     for key, lines in runs.items():
-        figures, entry = interleaved.medians(lines, keys), PLAN[key]
-        mine, theirs = (figures.get(peer, {}) for peer in (OURS, HF))
+        (mine, theirs), entry = medians_of_both(lines), PLAN[key]
         if not mine:
             continue
+        wall, cpu, memory = map(two_digits, ratios(lines))
         row = [key, entry.title, entry.batch, f"{mine['rows']:.0f}"]
-        for name in ("new_tok_s", "new_tok_s_cpu"):
-            row += [mine[name], theirs.get(name), interleaved.ratio(mine[name], theirs.get(name))]
+        row += [mine["new_tok_s"], theirs.get("new_tok_s"), wall]
+        row += [mine["new_tok_s_cpu"], theirs.get("new_tok_s_cpu"), cpu]
         step, other = mine.get("decode_step_ms"), theirs.get("decode_step_ms")
-        row += [step, other, interleaved.ratio(other, step) if step and other else None]
-        memory = [interleaved.peak_gib(one) if one else None for one in (mine, theirs)]
-        rows.append([*row, *memory, interleaved.ratio(*memory)])
+        row += [step, other, two_digits(ratio(other, step)) if step and other else None]
+        rows.append([*row, *(peak_gib(one) if one else None for one in (mine, theirs)), memory])
     head = ["what", "answers", "batch", "rows", "tok/s", "hf", "ratio"]
     head += ["by CPU time", "hf", "ratio", "decode step, ms", "hf", "gain"]
-    return interleaved.markdown(head + ["peak GiB", "hf", "ratio"], rows)
+    return markdown(head + ["peak GiB", "hf", "ratio"], rows)
 
 
 PART = Part("generate", "Generation beside transformers", groups, table)

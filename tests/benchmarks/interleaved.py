@@ -131,9 +131,22 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]
     return [f"| {' | '.join(map(cell, line))} |" for line in lines]
 
 
-def ratio(mine: float, theirs: float | None) -> str | None:
-    """Divide for a cell; nothing by nothing is an empty cell."""
-    return f"{mine / theirs:.2f}" if theirs else None
+class Ratios(NamedTuple):
+    """Ours by theirs, where both were measured."""
+
+    wall: float | None = None
+    cpu: float | None = None
+    memory: float | None = None
+
+
+def ratio(mine: float, theirs: float | None) -> float | None:
+    """Divide; by nothing there is no ratio."""
+    return mine / theirs if theirs else None
+
+
+def two_digits(figure: float | None) -> str | None:
+    """Round a ratio for a cell; none is an empty cell."""
+    return None if figure is None else f"{figure:.2f}"
 
 
 def peak_gib(figures: Mapping[str, float]) -> float:

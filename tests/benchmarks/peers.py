@@ -8,6 +8,7 @@ by CPU time, and of memory to transformers. The peers' script stands beside the 
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ from tests.benchmarks.inputs import LONG, SHORT, TOKENIZER
 from tests.benchmarks.interleaved import (
     DEFAULT_SHAPE,
     Job,
+    Line,
     Part,
+    Ratios,
     Runs,
     main,
     markdown,
@@ -25,6 +28,7 @@ from tests.benchmarks.interleaved import (
     peers_dtype,
     ratio,
     run,
+    two_digits,
 )
 
 SHARING, APART = "ours", "ours, prefixes apart"
@@ -63,9 +67,9 @@ def comparisons(shape: str) -> dict[str, Group]:
     """
     lora, every = ["--shape", shape], ["--shape", shape, "--targets", "all"]
     full = ["--mode", "full", "--shape"]
+    short, long = [*MORE, *NINE], MORE
     packed, both = {"hf": PACKED}, {"hf": WIDE, "hf, rows of 512": PACKED}
     padded, four = {"hf": PADDED, "litgpt": PADDED}, [*lora, "--batch", "4"]
-    short, long = [*MORE, *NINE], MORE
     return {
         "short": Group("LoRA q,k,v,o; short answers", SHORT, lora, packed, short),
         "all": Group("LoRA all linears; short answers", SHORT, every, packed, short),
@@ -73,6 +77,7 @@ def comparisons(shape: str) -> dict[str, Group]:
         "padded": Group(
             "LoRA q,k,v,o; long answers, batch 4", LONG, four, padded, long, apart=False
         ),
+        "full-llama": Group("full; short answers", SHORT, [*full, shape], FULL, short),
         "full": Group("full; dim 512, vocabulary 128,256", SHORT, [*full, "s512"], FULL, NINE),
         "full4k": Group("full; dim 512, vocabulary 4,096", SHORT, [*full, "s512v4k"], FULL, NINE),
     }
@@ -139,28 +144,41 @@ def first_losses(runs: Runs) -> str | None:
     )
 
 
+FIGURES = ("tok_s", "slot_s", "tok_s_cpu", "peak_rss_gib", "peak_cuda_gib")
+
+
+def ratios(key: str, lines: Sequence[Line]) -> dict[str, Ratios]:
+    """Divide medians of ours: speed by the best peer's, memory by transformers'."""
+    figures, named = medians(lines, FIGURES), comparisons(DEFAULT_SHAPE)[key].peers
+    peers = [values for name, values in figures.items() if name in named]
+    wall, cpu = (max((p[k] for p in peers), default=None) for k in ("tok_s", "tok_s_cpu"))
+    hf = peak_gib(figures["hf"]) if "hf" in figures else None
+    return {
+        name: Ratios(
+            ratio(values["tok_s"], wall),
+            ratio(values["tok_s_cpu"], cpu),
+            ratio(peak_gib(values), hf),
+        )
+        for name, values in figures.items()
+        if name not in named
+    }
+
+
 def table(runs: Runs) -> list[str]:
     """Lay out medians and our ratios, to the best peer and to transformers."""
     rows: list[list[object]] = []
     for key, lines in runs.items():
-        group = comparisons(DEFAULT_SHAPE)[key]
+        title = comparisons(DEFAULT_SHAPE)[key].title
         steps = {
             line["name"]: line["tokens"] / len(line["step_s"]) for line in lines if "tok_s" in line
         }
-        keys = ("tok_s", "slot_s", "tok_s_cpu", "peak_rss_gib", "peak_cuda_gib")
-        figures = medians(lines, keys)
-        peers = [values for name, values in figures.items() if name in group.peers]
-        hf = figures.get("hf", {})
-        for name, values in figures.items():
-            ratios: list[str | None] = [None, None, None]
-            if peers and name not in group.peers:
-                best = {k: max(p[k] for p in peers) for k in ("tok_s", "tok_s_cpu")}
-                ratios = [ratio(values[k], best[k]) for k in best]
-                ratios.append(ratio(peak_gib(values), peak_gib(hf) if hf else None))
+        ours = ratios(key, lines)
+        for name, values in medians(lines, FIGURES).items():
+            wall, cpu, memory = map(two_digits, ours.get(name, Ratios()))
             slots = f"{values['slot_s']:.1f}" if "slot_s" in values else None
-            row = [group.title, name, f"{steps[name]:.0f}", f"{values['tok_s']:.1f}", slots]
-            row += [ratios[0], f"{values['tok_s_cpu']:.1f}", ratios[1]]
-            rows.append([*row, f"{peak_gib(values):.2f}", ratios[2]])
+            row = [title, name, f"{steps[name]:.0f}", f"{values['tok_s']:.1f}", slots]
+            row += [wall, f"{values['tok_s_cpu']:.1f}", cpu, f"{peak_gib(values):.2f}", memory]
+            rows.append(row)
     head = ["what", "who", "tokens a step", "tok/s", "slots/s", "to the best peer"]
     head += ["tok/s by CPU time", "to the best peer", "peak GiB", "to hf"]
     losses = first_losses(runs)

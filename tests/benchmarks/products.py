@@ -28,7 +28,7 @@ from llama_lightning.model.llama import Llama
 from llama_lightning.model.prepack import prepacked
 from llama_lightning.model.screened_head import ScreenedHead, screened
 from tests.benchmarks import interleaved
-from tests.benchmarks.interleaved import Job, Part, Runs
+from tests.benchmarks.interleaved import Job, Part, Runs, ratio, two_digits
 from tests.benchmarks.machine import machine_name
 from tests.random_llama import SHAPES
 
@@ -184,7 +184,7 @@ def table(runs: Runs) -> list[str]:
             once = name in ONCE.get(group, [])
             if once and theirs is None and mine is None:  # measured before it was asked for
                 continue
-            gain = interleaved.ratio(theirs, mine) if theirs and mine and not once else None
+            gain = two_digits(ratio(theirs, mine)) if theirs and mine and not once else None
             rows.append([" / ".join(WAYS[group]), number, pass_, theirs, mine, gain])
     head = ["plain / ours", "rows", "pass", "plain, ms", "ours, ms", "gain"]
     return interleaved.markdown(head, rows)

@@ -24,6 +24,7 @@ from tests.benchmarks.interleaved import (
     medians,
     peak_gib,
     ratio,
+    two_digits,
 )
 
 Flags = Mapping[str, object]
@@ -125,11 +126,11 @@ def table(runs: Runs) -> list[str]:
         first = figures.get(lines[0]["name"], {}) if lines else {}
         for name, values in figures.items():
             row: list[object] = [name, f"{values['tokens_a_step']:.0f}", f"{values['tok_s']:.0f}"]
-            row.append(None if values is first else ratio(values["tok_s"], first.get("tok_s")))
-            row.append(f"{values['ms_a_token']:.2f}")
-            row.append(
-                None if values is first else ratio(values["ms_a_token"], first.get("ms_a_token"))
+            speed, cost = (
+                None if values is first else two_digits(ratio(values[key], first.get(key)))
+                for key in ("tok_s", "ms_a_token")
             )
+            row += [speed, f"{values['ms_a_token']:.2f}", cost]
             row += [f"{100 * values[key]:.1f} %" for key in ("rows_real", "cells_real")]
             rows.append([*row, f"{peak_gib(values):.2f}"])
     head = ["change", "tokens a step", "tok/s", "to the first of its kind", "CPU ms a token"]

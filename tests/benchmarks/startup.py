@@ -13,15 +13,28 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks import interleaved
 from tests.benchmarks.inputs import DATA, SHORT, TOKENIZER
-from tests.benchmarks.interleaved import Job, Part, Runs
+from tests.benchmarks.interleaved import (
+    Job,
+    Line,
+    Part,
+    Ratios,
+    Runs,
+    markdown,
+    measurement,
+    medians,
+    ratio,
+    two_digits,
+)
 from tests.benchmarks.machine import machine_name, memory, seconds_since_start
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 OURS, HF, HELP, TEXT = "llama_lightning", "hf", "help", "text"
+SECONDS = ("wall_s", "cpu_s")
 HEAVY = ("torch", "lightning", "transformers", "bitsandbytes", "tensorboard")
 
 
@@ -142,7 +155,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
 
     kept_random_llama(args.shape, args.data / TOKENIZER)
     flags = ["--shape", args.shape, "--records", args.data / SHORT, "--peer"]
-    command = interleaved.measurement("startup", flags)
+    command = measurement("startup", flags)
 
     def job(peer: str) -> Job:
         if peer != HF:
@@ -150,6 +163,14 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         return Job(peer, [args.hf, *command[1:], peer, "--dtype", interleaved.peers_dtype(args)])
 
     return {"step": [job(OURS), job(HF)], "light": [job(HELP), job(TEXT)]}
+
+
+def ratios(lines: Sequence[Line]) -> Ratios:
+    """Divide our seconds by transformers'."""
+    figures = medians(lines, SECONDS)
+    if OURS not in figures or HF not in figures:
+        return Ratios()
+    return Ratios(*(ratio(figures[OURS][key], figures[HF][key]) for key in SECONDS))
 
 
 def table(runs: Runs) -> list[str]:
@@ -163,15 +184,12 @@ def table(runs: Runs) -> list[str]:
     imported = {line["name"]: line.get("imported") for lines in runs.values() for line in lines}
     rows: list[list[object]] = []
     for lines in runs.values():
-        figures = interleaved.medians(lines, ("wall_s", "cpu_s"))
-        for name, values in figures.items():
-            hf = figures.get(HF, {}) if name == OURS else {}
-            row: list[object] = [titles[name]]
-            for key in ("wall_s", "cpu_s"):
-                row += [f"{values[key]:.2f}", interleaved.ratio(values[key], hf.get(key))]
+        for name, values in medians(lines, SECONDS).items():
+            wall, cpu, _ = map(two_digits, ratios(lines) if name == OURS else Ratios())
+            row = [titles[name], f"{values['wall_s']:.2f}", wall, f"{values['cpu_s']:.2f}", cpu]
             rows.append([*row, ", ".join(imported[name] or []) or "none of them"])
     head = ["what", "seconds", "to hf", "CPU seconds", "to hf", f"imports of {', '.join(HEAVY)}"]
-    return interleaved.markdown(head, rows)
+    return markdown(head, rows)
 
 
 PART = Part("startup", "Start-up", groups, table, on_gpu=False)

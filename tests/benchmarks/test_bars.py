@@ -1,0 +1,115 @@
+"""A figure that misses its bar, and one that is not there, is told and fails the command."""
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import bars, generate, peers, startup
+from tests.benchmarks.__main__ import PARTS
+from tests.benchmarks.interleaved import DEFAULT_SHAPE, Line
+
+Kept = dict[str, dict[str, list[Line]]]  # by part and group
+
+
+def missed(folder: Path, kept: Kept, shape: str = DEFAULT_SHAPE) -> list[str]:
+    """Write measurements as a machine keeps them, and name the bars that they do not meet."""
+    for path in folder.iterdir():
+        path.unlink()
+    args = argparse.Namespace(shape=shape, out=folder, device="cpu")
+    for name, groups in kept.items():
+        several = {key: {"lines": lines} for key, lines in groups.items()}
+        PARTS[name].file(args).write_text(json.dumps({"groups": several}))
+    return [bar.what for bar in bars.bars(args) if not bar.is_met]
+
+
+def step(name: str, speed: float, gib: float) -> Line:
+    return {"name": name, "tok_s": speed, "tok_s_cpu": speed, "peak_rss_gib": gib}
+
+
+def at_their_bars() -> Kept:
+    """Make measurements of which each is what it has to be, and no more."""
+    kept: Kept = {"peers": {}, "generate": {}}
+    for key, (speed, memory, apart, _) in bars.STEPS.items():
+        kept["peers"][key] = [
+            step("hf", 64, 4),
+            step("litgpt" if key == "padded" else "hf, rows of 512", 32, 2),
+            step(peers.SHARING, 64 * (speed or 1), 4 * (memory or 1)),
+            step(peers.APART, 64 * (apart or 1), 9),
+        ]
+    for key, bound in bars.GENERATION.items():
+        kept["generate"][key] = [
+            {"name": who, "new_tok_s": tok_s, "new_tok_s_cpu": tok_s, "rows": 8, "peak_rss_gib": 1}
+            for who, tok_s in ((generate.OURS, 64 * bound), (generate.HF, 64))
+        ]
+    seconds = ((startup.OURS, 10 * bars.FIRST_STEP), (startup.HF, 10))
+    kept["startup"] = {"step": [{"name": n, "wall_s": s, "cpu_s": s} for n, s in seconds]}
+    whole = {"tokens": 1000, "step_s": [1], "rows_real": bars.REAL_ROWS}
+    kept["scaling"] = {
+        "lengths": [
+            {"name": "records of equal lengths", "tok_s": 100, "step_cpu_s": [bars.EVEN], **whole},
+            {"name": "records of Alpaca's lengths", "tok_s": 95, "step_cpu_s": [1.0], **whole},
+        ]
+    }
+    kept["waiting"] = {"workers": [{"name": n, "tok_s": 9, "wait": bars.WAIT} for n in ("0", "2")]}
+    return kept
+
+
+SPOILT = {"tok_s": 0.99, "tok_s_cpu": 0.99, "new_tok_s": 0.99, "new_tok_s_cpu": 0.99}
+SPOILT |= {"peak_rss_gib": 1.01, "wall_s": 1.01, "cpu_s": 1.01, "rows_real": 0.99, "wait": 1.01}
+JUDGED = (peers.SHARING, peers.APART, generate.OURS, "records of Alpaca's lengths", "0", "2")
+
+
+def test_each_figure_is_held_to_its_bar(tmp_path: Path) -> None:
+    good = at_their_bars()
+    assert missed(tmp_path, good) == []
+    told: set[str] = set()
+    for part, groups in good.items():
+        for key, lines in groups.items():
+            for number, line in enumerate(lines):
+                for figure in set(SPOILT) & set(line) if line["name"] in JUDGED else ():
+                    worse = copy.deepcopy(good)
+                    worse[part][key][number][figure] *= SPOILT[figure]
+                    told.update(found := missed(tmp_path, worse))
+                    assert len(found) <= 1, (part, key, line["name"], figure)
+    by_cpu_time = copy.deepcopy(good)
+    by_cpu_time["scaling"]["lengths"][1]["step_cpu_s"] = [1.01]
+    told.update(missed(tmp_path, by_cpu_time))
+    assert told == set(missed(tmp_path, {}))
+    print(len(told), "bars")
+
+
+def test_a_group_with_a_failed_run_is_not_measured(tmp_path: Path) -> None:
+    kept = at_their_bars()
+    kept["generate"]["batch8"].append({"name": generate.HF, "error": "killed"})
+    assert [what[:40] for what in missed(tmp_path, kept)] == [
+        "generation, 64 tokens each, 8 at a time;"
+    ] * 2
+
+
+def test_another_shape_has_no_bars_of_what_has_a_shape_of_its_own(tmp_path: Path) -> None:
+    kept = at_their_bars()
+    both = {part: kept[part] for part in ("peers", "generate")}
+    assert missed(tmp_path, both, "1b") == []
+    of_one = set(missed(tmp_path, {})) - set(missed(tmp_path, {}, "1b"))
+    assert {what for what in of_one if "dim 512" not in what} == set(missed(tmp_path, both))
+    assert len(of_one) == 12
+
+
+def test_the_command_fails_where_a_bar_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = at_their_bars()
+    assert missed(tmp_path, kept) == []
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path)])
+    bars.main()
+    assert "| waiting for data, 2 workers | 0.010 | at most 0.01 | yes |" in capsys.readouterr().out
+    kept["waiting"]["workers"].pop()
+    missed(tmp_path, kept)
+    with pytest.raises(SystemExit, match="1 of 37 bars are not met"):
+        bars.main()
+    row = "| waiting for data, 2 workers | not measured | at most 0.01 | NO |"
+    assert row in capsys.readouterr().out
