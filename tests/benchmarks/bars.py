@@ -19,7 +19,7 @@ from tests.benchmarks.interleaved import DEFAULT_SHAPE, Part, Ratios, Runs, mark
 class Step(NamedTuple):
     """What a fit step has to come to."""
 
-    speed: float | None = None  # of the best peer, at least, by wall and by CPU time
+    speed: float  # of the best peer, at least, by wall and by CPU time
     memory: float | None = None  # of transformers, at most
     apart: float | None = None  # speed where no beginnings are shared
     shaped: bool = True  # of the shape named
@@ -30,9 +30,8 @@ STEPS = {
     "all": Step(1.9, 0.75),
     "long": Step(1.2, 0.75),
     "padded": Step(1.9, 0.75),
-    "full-llama": Step(memory=0.8),
     "full": Step(1.7, 0.8, shaped=False),
-    # No bar of memory: what both import, weights, gradients and moments are most of it.
+    # No bar of memory: weights, gradients, moments and what is imported are most of it.
     "full4k": Step(1.05, shaped=False),
 }
 GENERATION = {"batch1": 1.5, "batch8": 1.3, "batch32": 1.25, "set8": 2, "set32": 2.5}
@@ -79,8 +78,7 @@ def of_steps(runs: Runs, plain: bool) -> Iterator[Bar]:
         title = f"step, {peers.comparisons(DEFAULT_SHAPE)[key].title}"
         ratios = peers.ratios(key, runs.get(key, []))
         shared, alone = (ratios.get(name, Ratios()) for name in (peers.SHARING, peers.APART))
-        if speed:
-            yield from speeds(title, shared, speed)
+        yield from speeds(title, shared, speed)
         if apart:
             yield from speeds(f"{title}, beginnings apart", alone, apart)
         if memory:

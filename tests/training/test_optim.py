@@ -190,6 +190,20 @@ def test_the_norm_is_over_all_gradients_together():
     assert float(total_norm(weights)) == pytest.approx(7.0)
 
 
+def test_the_norm_of_a_large_gradient_in_16_bits_is_exact():
+    weights = [
+        nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((32768, 512), 9)
+    ]
+    for seed, weight in enumerate(weights):
+        generator = torch.Generator().manual_seed(seed)
+        weight.grad = torch.randn(weight.shape, generator=generator).bfloat16()
+    exact = torch.stack([weight.grad.double().norm() for weight in weights]).norm()
+    norm = total_norm(weights)
+    print(f"{norm:.6f}, exact {exact:.6f}, torch {weights[0].grad.norm():.6f}")
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(float(exact), rel=1e-4)
+
+
 # 8-bit state
 
 
