@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from llama_lightning.model.attention import attention
 from llama_lightning.model.config import LlamaConfig
+from llama_lightning.model.embedding import Embedding
 from llama_lightning.model.kv_cache import KVCache, NewTokens
 from llama_lightning.model.linear import ROW_MULTIPLE, Linear, fills_up_rows
 from llama_lightning.model.ragged_rows import RaggedRows, ragged_rows
@@ -123,7 +124,7 @@ class Backbone(nn.Module):
         self.config = config
         # block_runner.py has others, which compile a block or compute it again when it is needed.
         self.run_block: Callable[..., Tensor] = Block.__call__
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
