@@ -36,7 +36,7 @@ STEPS = {
 }
 GENERATION = {"batch1": 1.5, "batch8": 1.3, "batch32": 1.25, "set8": 2, "set32": 2.5}
 FIRST_STEP = 0.6  # of transformers' time since the process began
-EVEN = 0.95  # of the speed of equal lengths, where lengths are spread
+EVEN = 0.95  # of the speed of equal lengths, where lengths are spread; of the 1B shape
 REAL_ROWS = 0.97
 WAIT = 0.01
 
@@ -97,9 +97,11 @@ def of_the_rest(args: argparse.Namespace) -> Iterator[Bar]:
     """Start-up, even cost and waiting, which have one shape."""
     first = startup.ratios(kept(startup.PART, args).get("step", []))
     yield from speeds("first step of a process", first, FIRST_STEP, at_most=True)
-    lines = kept(scaling.PART, args).get("lengths", [])
+    lines = kept(scaling.PART, args).get("lengths-llama", [])
     rates = medians(map(scaling.with_rates, lines), ("tok_s", "ms_a_token", "rows_real"))
-    equal, spread = (rates.get(f"records of {name} lengths") for name in ("equal", "Alpaca's"))
+    equal, spread = (
+        rates.get(f"1B shape, records of {name} lengths") for name in ("equal", "Alpaca's")
+    )
     even = (
         Ratios(spread["tok_s"] / equal["tok_s"], equal["ms_a_token"] / spread["ms_a_token"])
         if equal and spread

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.benchmarks.inputs import TOKENIZER
 from tests.benchmarks.interleaved import (
+    DEFAULT_SHAPE,
     Job,
     Line,
     Part,
@@ -87,6 +88,12 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         for name in ("equal", "Alpaca's")
     }
 
+    # Attention's work grows with the squares of lengths, and is less of a step of a wider network.
+    wide = {
+        f"1B shape, {name}": {**flags, "mode": "lora", "shape": DEFAULT_SHAPE}
+        for name, flags in spread.items()
+    }
+
     def job(name: str, change: Flags) -> Job:
         flags = {
             **BASE,
@@ -99,7 +106,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
         return Job(name, measurement("step", [word for word in words if word]))
 
-    changes = {"size": SIZES, "lengths": spread}
+    changes = {"size": SIZES, "lengths": spread, "lengths-llama": wide}
     if args.device == "cpu":  # whose cores they share
         changes["processes"] = PROCESSES
     return {key: [job(*change) for change in several.items()] for key, several in changes.items()}

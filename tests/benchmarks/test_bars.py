@@ -49,9 +49,19 @@ def at_their_bars() -> Kept:
     kept["startup"] = {"step": [{"name": n, "wall_s": s, "cpu_s": s} for n, s in seconds]}
     whole = {"tokens": 1000, "step_s": [1], "rows_real": bars.REAL_ROWS}
     kept["scaling"] = {
-        "lengths": [
-            {"name": "records of equal lengths", "tok_s": 100, "step_cpu_s": [bars.EVEN], **whole},
-            {"name": "records of Alpaca's lengths", "tok_s": 95, "step_cpu_s": [1.0], **whole},
+        "lengths-llama": [
+            {
+                "name": "1B shape, records of equal lengths",
+                "tok_s": 100,
+                "step_cpu_s": [bars.EVEN],
+                **whole,
+            },
+            {
+                "name": "1B shape, records of Alpaca's lengths",
+                "tok_s": 95,
+                "step_cpu_s": [1.0],
+                **whole,
+            },
         ]
     }
     kept["waiting"] = {"workers": [{"name": n, "tok_s": 9, "wait": bars.WAIT} for n in ("0", "2")]}
@@ -60,7 +70,14 @@ def at_their_bars() -> Kept:
 
 SPOILT = {"tok_s": 0.99, "tok_s_cpu": 0.99, "new_tok_s": 0.99, "new_tok_s_cpu": 0.99}
 SPOILT |= {"peak_rss_gib": 1.01, "wall_s": 1.01, "cpu_s": 1.01, "rows_real": 0.99, "wait": 1.01}
-JUDGED = (peers.SHARING, peers.APART, generate.OURS, "records of Alpaca's lengths", "0", "2")
+JUDGED = (
+    peers.SHARING,
+    peers.APART,
+    generate.OURS,
+    "1B shape, records of Alpaca's lengths",
+    "0",
+    "2",
+)
 
 
 def test_each_figure_is_held_to_its_bar(tmp_path: Path) -> None:
@@ -76,7 +93,7 @@ def test_each_figure_is_held_to_its_bar(tmp_path: Path) -> None:
                     told.update(found := missed(tmp_path, worse))
                     assert len(found) <= 1, (part, key, line["name"], figure)
     by_cpu_time = copy.deepcopy(good)
-    by_cpu_time["scaling"]["lengths"][1]["step_cpu_s"] = [1.01]
+    by_cpu_time["scaling"]["lengths-llama"][1]["step_cpu_s"] = [1.01]
     told.update(missed(tmp_path, by_cpu_time))
     assert told == set(missed(tmp_path, {}))
     print(len(told), "bars")
