@@ -20,7 +20,7 @@ class Step(NamedTuple):
     """What a fit step has to come to."""
 
     speed: float  # of the best peer, at least, by wall and by CPU time
-    memory: float | None = None  # of transformers, at most
+    memory: float  # of transformers, at most
     apart: float | None = None  # speed where no beginnings are shared
     shaped: bool = True  # of the shape named
 
@@ -31,12 +31,11 @@ STEPS = {
     "long": Step(1.2, 0.75),
     "padded": Step(1.9, 0.75),
     "full": Step(1.7, 0.8, shaped=False),
-    # No bar of memory: weights, gradients, moments and what is imported are most of it.
-    "full4k": Step(1.05, shaped=False),
+    "full4k": Step(1.05, 0.8, shaped=False),
 }
 GENERATION = {"batch1": 1.5, "batch8": 1.3, "batch32": 1.25, "set8": 2, "set32": 2.5}
 FIRST_STEP = 0.6  # of transformers' time since the process began
-EVEN = 0.95  # of the speed of equal lengths, where lengths are spread; of the 1B shape
+EVEN = 0.95  # of the speed of equal lengths, where lengths are spread
 REAL_ROWS = 0.97
 WAIT = 0.01
 
@@ -81,8 +80,7 @@ def of_steps(runs: Runs, plain: bool) -> Iterator[Bar]:
         yield from speeds(title, shared, speed)
         if apart:
             yield from speeds(f"{title}, beginnings apart", alone, apart)
-        if memory:
-            yield Bar(f"{title}; memory", shared.memory, memory, at_most=True)
+        yield Bar(f"{title}; memory", shared.memory, memory, at_most=True)
 
 
 def of_generation(runs: Runs) -> Iterator[Bar]:
@@ -97,18 +95,20 @@ def of_the_rest(args: argparse.Namespace) -> Iterator[Bar]:
     """Start-up, even cost and waiting, which have one shape."""
     first = startup.ratios(kept(startup.PART, args).get("step", []))
     yield from speeds("first step of a process", first, FIRST_STEP, at_most=True)
-    lines = kept(scaling.PART, args).get("lengths-llama", [])
-    rates = medians(map(scaling.with_rates, lines), ("tok_s", "ms_a_token", "rows_real"))
-    equal, spread = (
-        rates.get(f"1B shape, records of {name} lengths") for name in ("equal", "Alpaca's")
-    )
-    even = (
-        Ratios(spread["tok_s"] / equal["tok_s"], equal["ms_a_token"] / spread["ms_a_token"])
-        if equal and spread
-        else Ratios()
-    )
-    yield from speeds("records of Alpaca's lengths to equal ones", even, EVEN)
-    yield Bar("rows that are real", spread["rows_real"] if spread else None, REAL_ROWS)
+    for key, shape in (("lengths", ""), ("lengths-llama", "1B shape, ")):
+        lines = map(scaling.with_rates, kept(scaling.PART, args).get(key, []))
+        rates = medians(list(lines), ("tok_s", "ms_a_token", "rows_real"))
+        equal, spread = (
+            rates.get(f"{shape}records of {name} lengths") for name in ("equal", "Alpaca's")
+        )
+        even = (
+            Ratios(spread["tok_s"] / equal["tok_s"], equal["ms_a_token"] / spread["ms_a_token"])
+            if equal and spread
+            else Ratios()
+        )
+        yield from speeds(f"{shape}records of Alpaca's lengths to equal ones", even, EVEN)
+        real = spread["rows_real"] if spread else None
+        yield Bar(f"{shape}rows that are real", real, REAL_ROWS)
     waits = medians(kept(waiting.PART, args).get("workers", []), ("wait",))
     for workers in ("0", "2"):
         wait = waits.get(workers, {}).get("wait")
