@@ -184,3 +184,26 @@ def test_hidden_states_come_back_for_every_token_or_for_the_wanted() -> None:
     difference = max(max_difference(shared, plain), max_difference(some, plain[wanted]))
     print(f"max |difference| {difference:.1e} (bound 1e-11)")
     assert difference <= 1e-11
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradients_of_the_wanted_are_those_of_the_whole_last_layer(kind: str) -> None:
+    model, batch = small_llama(std=0.05).double(), flat_batch(_records())
+    if kind == "lora":
+        inject_lora(model, LoRAConfig(rank=8), dtype=torch.float64)
+        randomise_lora(model)
+    place = {"positions": batch.positions, "boundaries": batch.boundaries}
+    wanted = torch.tensor([3, 70, 3, len(batch.tokens) - 1])
+    weights = torch.randn(len(wanted), SMALL.hidden_size, dtype=torch.float64)
+    found = []
+    for hidden in (
+        model.model(batch.tokens, **place)[wanted],
+        model.model(batch.tokens, **place, wanted=wanted),
+    ):
+        model.zero_grad()
+        (hidden * weights).sum().backward()
+        found.append({n: p.grad for n, p in model.model.named_parameters() if p.requires_grad})
+    whole, some = found
+    worst = max(relative_difference(some[name], whole[name]) for name in whole)
+    print(f"{kind}: worst relative difference of {len(whole)} gradients {worst:.1e} (bound 1e-12)")
+    assert worst <= 1e-12

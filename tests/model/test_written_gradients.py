@@ -22,9 +22,9 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.func.functional_call(module, {"weight": weight}, x)
 
 
-def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+def plain_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
 
 
