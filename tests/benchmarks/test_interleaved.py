@@ -59,6 +59,7 @@ def test_jobs_run_in_turn_and_failures_are_named(tmp_path: Path) -> None:
     assert text.endswith("Failed: g, bad.")
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path

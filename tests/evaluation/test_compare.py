@@ -41,6 +41,7 @@ def test_needed_pairs_do_show_it() -> None:
     assert seen == pytest.approx(0.8, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [100, 400])
 def test_the_paired_interval_covers(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     # Fewer, 2,000 times; all with one seed, so that a tenth would be too few.

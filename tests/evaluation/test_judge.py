@@ -602,6 +602,7 @@ def grade_slowly(url: str, path: Path) -> None:
     grade_file(JudgeConfig(backend="ollama", base_url=url, concurrency=2), path)
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_and_resumed(responses: Path) -> None:
     count, kills = 60, 10
     write(responses, [record(i) for i in range(count)])

@@ -259,6 +259,7 @@ def test_a_process_that_ends_in_the_middle_of_a_line(folder: Path) -> None:
     assert second.get(timeout=1) == {"failed": "its process ended with exit code 7"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
 def test_a_killed_judge_and_the_same_command_again(
     folder: Path, file: Path, capfd: pytest.CaptureFixture[str]

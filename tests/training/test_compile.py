@@ -79,6 +79,7 @@ def _fit(folder: Path, name: str, epochs: int, resume: str | None = None, **argu
     return torch.load(path, weights_only=False)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_same_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = _fit(folder, "plain.ckpt", 2)["state_dict"]
     assert not counters["stats"]

@@ -32,6 +32,7 @@ def test_best_is_the_best_of_all_validations(workplace, tmp_path):
     assert losses[best - 1] == min(losses.values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_good_checkpoint(workplace, tmp_path):
     # Resumed at a step that is a multiple of every_n_train_steps, as every periodic file is, the
     # run must not write the same step again from inside the next one.
