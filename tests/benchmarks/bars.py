@@ -22,7 +22,7 @@ class Step(NamedTuple):
     speed: float  # of the best peer, at least, by wall and by CPU time
     memory: float  # of transformers, at most
     apart: float | None = None  # speed where no beginnings are shared
-    shaped: bool = True  # of the shape named
+    shaped: bool = True  # of the shape named, whichever that is
 
 
 STEPS = {
@@ -30,6 +30,7 @@ STEPS = {
     "all": Step(1.9, 0.75),
     "long": Step(1.2, 0.75),
     "padded": Step(1.9, 0.75),
+    "full-llama": Step(1.7, 0.8, shaped=False),
     "full": Step(1.7, 0.8, shaped=False),
     "full4k": Step(1.05, 0.8, shaped=False),
 }
@@ -38,6 +39,8 @@ FIRST_STEP = 0.6  # of transformers' time since the process began
 EVEN = 0.95  # of the speed of equal lengths, where lengths are spread
 REAL_ROWS = 0.97
 WAIT = 0.01
+FLAT = 1.1  # growth of memory with positions, at a large vocabulary to that at a small one
+FIRST_LOSS = 1e-2  # in bf16, between shared beginnings and none
 
 
 class Bar(NamedTuple):
@@ -81,6 +84,8 @@ def of_steps(runs: Runs, plain: bool) -> Iterator[Bar]:
         if apart:
             yield from speeds(f"{title}, beginnings apart", alone, apart)
         yield Bar(f"{title}; memory", shared.memory, memory, at_most=True)
+    moved = max(peers.first_losses(runs), default=None)
+    yield Bar("first loss, moved by shared beginnings", moved, FIRST_LOSS, at_most=True)
 
 
 def of_generation(runs: Runs) -> Iterator[Bar]:
@@ -109,6 +114,8 @@ def of_the_rest(args: argparse.Namespace) -> Iterator[Bar]:
         yield from speeds(f"{shape}records of Alpaca's lengths to equal ones", even, EVEN)
         real = spread["rows_real"] if spread else None
         yield Bar(f"{shape}rows that are real", real, REAL_ROWS)
+    grown = scaling.growth(kept(scaling.PART, args).get("positions", []))
+    yield Bar("memory of more positions, vocabulary 128,256 to 4,096", grown, FLAT, at_most=True)
     waits = medians(kept(waiting.PART, args).get("workers", []), ("wait",))
     for workers in ("0", "2"):
         wait = waits.get(workers, {}).get("wait")

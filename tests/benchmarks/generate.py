@@ -6,9 +6,10 @@ prints one JSON line. Random weights never end, so each row's answer has `--new`
 of random weights are flat, and a low one leaves as few likely tokens as training does. Each of our
 calls lays the weights out anew (prepacking) and that is in its time. `--peer hf` does the same work
 with transformers: static batches in file order, of whose tokens only those up to each row's own
-length are counted. `decode_step_ms` is one step of decoding alone, from calls of two lengths.
-`*_cpu` divides by CPU seconds a thread. `--peers` runs both in turn, at several sizes, and prints
-the ratios as a table.
+length are counted. `decode_step_ms` is one step of decoding alone, from calls of two lengths;
+`bandwidth` is the part of the memory's speed, measured in the same process, at which such a step
+reads each weight once. `*_cpu` divides by CPU seconds a thread. `--peers` runs both in turn, at
+several sizes, and prints the ratios as a table.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from llama_lightning.data.examples import encode_prompt
 from llama_lightning.data.rows import Row, read_rows
 from llama_lightning.data.templates import TEMPLATES
 from llama_lightning.data.tokenizer import Tokenizer
+from llama_lightning.model.llama import Llama
 from tests.benchmarks import interleaved
 from tests.benchmarks.inputs import DATA, LONG, SHORT, TOKENIZER, check_files, device
 from tests.benchmarks.interleaved import (
@@ -43,7 +45,7 @@ from tests.benchmarks.interleaved import (
     ratio,
     two_digits,
 )
-from tests.benchmarks.machine import machine_name, memory, synchronize
+from tests.benchmarks.machine import machine_name, memory, reading_ceiling, synchronize
 from tests.random_llama import SHAPES, kept_random_llama
 
 OURS, HF = "llama_lightning", "hf"
@@ -141,6 +143,18 @@ def measure(args: argparse.Namespace, folder: Path, records: Path) -> dict[str, 
             decoding.append(1e3 * (wall - timed(records, str(fewer))[0]) / steps)
     new_tokens = sum(num_new(row, tokenizer, args.new) for row in rows)
     prompts = [encode_prompt(row, tokenizer, TEMPLATES["alpaca"]) for row in rows]
+    peaks = memory(args.device)  # of the calls: what the ceiling reads is as much as a network
+    steps: dict[str, float] = {}
+    if decoding:
+        with torch.device("meta"):
+            model = Llama(SHAPES[args.shape]).to(getattr(torch, args.dtype))
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        step, ceiling = statistics.median(decoding), reading_ceiling(args.device)
+        steps = {
+            "decode_step_ms": round(step, 2),
+            "reading_ceiling_gb_s": round(ceiling, 1),
+            "bandwidth": round(1e-6 * weights / step / ceiling, 3),
+        }
     return {
         "peer": args.peer,
         "mode": "gen",
@@ -155,7 +169,7 @@ def measure(args: argparse.Namespace, folder: Path, records: Path) -> dict[str, 
         "tag": os.environ.get("PEER_TAG", ""),
         "new_tok_s": round(new_tokens / statistics.median(walls), 2),
         "new_tok_s_cpu": round(new_tokens / statistics.median(cpus) * args.threads, 2),
-        **({"decode_step_ms": round(statistics.median(decoding), 2)} if decoding else {}),
+        **steps,
         "call_s": [round(seconds, 3) for seconds in walls],
         "call_cpu_s": [round(seconds, 3) for seconds in cpus],
         "new_tokens": new_tokens,
@@ -163,7 +177,7 @@ def measure(args: argparse.Namespace, folder: Path, records: Path) -> dict[str, 
         "waiting": {name: os.environ[name] for name in interleaved.WAITING if name in os.environ},
         "machine": machine_name(args.device),
         "torch": torch.__version__,
-        **memory(args.device),
+        **peaks,
     }
 
 

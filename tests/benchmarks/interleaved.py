@@ -26,7 +26,7 @@ from tests.benchmarks.machine import machine_name
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_SHAPE = "1b-4l"
-PACKAGES = ("torch", "lightning", "transformers", "peft", "litgpt", "torchtune")
+PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "litgpt", "torchtune")
 WAITING = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "10000"}
 VERSIONS = """
 import json, sys
@@ -175,12 +175,14 @@ def setting(jobs: Sequence[Job], args: argparse.Namespace) -> str:
     words = {word for job in jobs for word in job.command}
     how = [f"{machine_name(args.device)}, {args.threads} threads"]
     pythons = {"here": sys.executable, "hf": args.hf}
-    pythons |= {"litgpt": args.litgpt, "torchtune": args.torchtune}
+    pythons |= {name: getattr(args, name) for name in ("trl", "litgpt", "torchtune")}
+    told: set[str] = set()  # peers may share an environment, and be in this one
     for name, python in pythons.items():
         if python and shutil.which(python) is None:
             sys.exit(f"--{name} {python}: no such program; name the python of its environment")
-        if python in words and (name == "here" or python != sys.executable):
+        if python in words and python not in told:
             how.append(f"{name}: {versions(python)}")
+            told.add(python)
     how += ["peers in fp32"] if words & {"fp32", "float32"} else []
     return "; ".join(how)
 
@@ -283,6 +285,7 @@ def options(program: str, text: str | None) -> argparse.ArgumentParser:
         help="what peers compute in; by default bf16, on a CPU without instructions for it fp32",
     )
     parser.add_argument("--hf", default=sys.executable, help="python with transformers and peft")
+    parser.add_argument("--trl", help="python with trl, which may be that of --hf")
     parser.add_argument("--litgpt", help="python with litgpt")
     parser.add_argument("--torchtune", help="python with torchtune")
     parser.add_argument(

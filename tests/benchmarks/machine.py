@@ -44,11 +44,15 @@ def synchronize(device: str) -> None:
 
 
 def matmul_ceiling(dtype: "torch.dtype", device: str) -> float:
-    """The best of 10 products of a 1B matrix with 512 rows, after one more, in GFLOP/s."""
+    """The best of 10 products of a 1B matrix with 512 rows, after one more, in GFLOP/s.
+
+    A GPU, which would be done with those before it is asked for the next, gets larger ones.
+    """
     import torch
 
-    x = torch.randn(512, 2048, dtype=dtype, device=device)
-    w = torch.randn(8192, 2048, dtype=dtype, device=device)
+    rows, width = (512, 2048) if device == "cpu" else (8192, 8192)
+    x = torch.randn(rows, width, dtype=dtype, device=device)
+    w = torch.randn(8192, width, dtype=dtype, device=device)
     times = []
     for _ in range(11):
         start = time.perf_counter()
@@ -56,6 +60,20 @@ def matmul_ceiling(dtype: "torch.dtype", device: str) -> float:
         synchronize(device)
         times.append(time.perf_counter() - start)
     return 2e-9 * x.numel() * len(w) / min(times[1:])
+
+
+def reading_ceiling(device: str) -> float:
+    """The best of 10 sums of 1 GiB, after one more, in GB/s."""
+    import torch
+
+    numbers = torch.ones(2**28, device=device)
+    times = []
+    for _ in range(11):
+        start = time.perf_counter()
+        numbers.sum()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 1e-9 * numbers.nbytes / min(times[1:])
 
 
 def memory(device: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""`python -m tests.benchmarks.peers`: our step beside transformers, LitGPT and torchtune.
+"""`python -m tests.benchmarks.peers`: our step beside transformers, TRL, LitGPT and torchtune.
 
 Prints tokens a second, memory, and our ratios: of speed to the best peer of each group, by wall and
 by CPU time, and of memory to transformers. The peers' script stands beside the checkout in
-../shared/bench; LitGPT and torchtune need environments of their own (--litgpt PYTHON).
+../shared/bench; peers without an environment (--trl, --litgpt, --torchtune) are left out.
 """
 
 import argparse
@@ -56,7 +56,7 @@ NINE, TWO = ["--batch", "9"], ["--batch", "2"]
 # Of few steps, lengths of 20 to 512 tokens would be others than theirs; and with instructions for
 # bf16, the first steps of some number of rows take longer, which their packed rows always have.
 MORE = ["--steps", "10"]
-FULL = {"hf": PACKED, "litgpt": PACKED, "torchtune": PACKED}
+FULL, FULL_WIDE = (dict.fromkeys(("hf", "litgpt", "torchtune"), row) for row in (PACKED, WIDE))
 
 
 def comparisons(shape: str) -> dict[str, Group]:
@@ -69,9 +69,10 @@ def comparisons(shape: str) -> dict[str, Group]:
     full = ["--mode", "full", "--shape"]
     short, long = [*MORE, *NINE], MORE
     packed, both = {"hf": PACKED}, {"hf": WIDE, "hf, rows of 512": PACKED}
+    trl = {"trl": PACKED}  # takes twice transformers' time: beside one comparison
     padded, four = {"hf": PADDED, "litgpt": PADDED}, [*lora, "--batch", "4"]
     return {
-        "short": Group("LoRA q,k,v,o; short answers", SHORT, lora, packed, short),
+        "short": Group("LoRA q,k,v,o; short answers", SHORT, lora, packed | trl, short),
         "all": Group("LoRA all linears; short answers", SHORT, every, packed, short),
         "long": Group("LoRA q,k,v,o; long answers", LONG, lora, both, [*long, *TWO]),
         "padded": Group(
@@ -79,6 +80,13 @@ def comparisons(shape: str) -> dict[str, Group]:
         ),
         "full-llama": Group("full; short answers", SHORT, [*full, shape], FULL, short),
         "full": Group("full; dim 512, vocabulary 128,256", SHORT, [*full, "s512"], FULL, NINE),
+        "full-long": Group(
+            "full; dim 512, vocabulary 128,256; long answers",
+            LONG,
+            [*full, "s512"],
+            FULL_WIDE,
+            [*long, *TWO],
+        ),
         "full4k": Group("full; dim 512, vocabulary 4,096", SHORT, [*full, "s512v4k"], FULL, NINE),
     }
 
@@ -124,8 +132,8 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
     return found
 
 
-def first_losses(runs: Runs) -> str | None:
-    """Say how far the first step's loss moves when equal beginnings are computed once."""
+def first_losses(runs: Runs) -> list[float]:
+    """Compute how far the first step's loss moves when equal beginnings are computed once."""
     differences = []
     for lines in runs.values():
         first = {
@@ -136,12 +144,18 @@ def first_losses(runs: Runs) -> str | None:
             for (name, repeat), loss in first.items()
             if name == SHARING and (APART, repeat) in first
         ]
-    if not differences:
-        return None
-    return (
-        "Step-1 losses, with and without shared beginnings: largest difference "
-        f"{max(differences):.2g} in {len(differences)} pairs."
-    )
+    return differences
+
+
+def left_out(runs: Runs) -> list[str]:
+    """Name the peers that had no environment, and where."""
+    missing: dict[str, list[str]] = {}
+    for key, lines in runs.items():
+        there = {line["name"] for line in lines}
+        for name in comparisons(DEFAULT_SHAPE)[key].peers:
+            if name not in there:
+                missing.setdefault(name, []).append(key)
+    return [f"{name} ({', '.join(keys)})" for name, keys in missing.items()]
 
 
 FIGURES = ("tok_s", "slot_s", "tok_s_cpu", "peak_rss_gib", "peak_cuda_gib")
@@ -181,8 +195,16 @@ def table(runs: Runs) -> list[str]:
             rows.append(row)
     head = ["what", "who", "tokens a step", "tok/s", "slots/s", "to the best peer"]
     head += ["tok/s by CPU time", "to the best peer", "peak GiB", "to hf"]
-    losses = first_losses(runs)
-    return [*markdown(head, rows), *(["", losses] if losses else [])]
+    lines = markdown(head, rows)
+    if differences := first_losses(runs):
+        lines += [
+            "",
+            "Step-1 losses, with and without shared beginnings: largest difference "
+            f"{max(differences):.2g} in {len(differences)} pairs.",
+        ]
+    if missing := left_out(runs):
+        lines += ["", f"Left out: {'; '.join(missing)}."]
+    return lines
 
 
 PART = Part("peers", "The step beside the peers", groups, table)

@@ -2,7 +2,8 @@
 
 Trains a narrow shape in full and changes one thing at a time: records a step, words an answer,
 vocabulary; the lengths of records, at the same tokens a step; and the processes that share a step.
-Time a token should stand still, and memory grow with the tokens alone.
+Time a token should stand still, and memory grow with the tokens alone: where logits are in memory
+a chunk at a time, as much at a large vocabulary as at a small one. Last, what checkpointing costs.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.benchmarks.inputs import TOKENIZER
+from tests.benchmarks.inputs import LONG, TOKENIZER
 from tests.benchmarks.interleaved import (
     DEFAULT_SHAPE,
     Job,
@@ -41,6 +42,14 @@ SIZES: dict[str, Flags] = {
     "vocabulary 128,256": {"shape": "s512"},
     "vocabulary 128,256, 32 records": {"shape": "s512", "batch": 32},
 }
+SHAPES_OF = {"4,096": "s512v4k", "128,256": "s512"}
+# More supervised positions than one chunk of logits has, in chunks of one size.
+POSITIONS = {
+    (vocabulary, records): f"{records} records of 240 words, vocabulary {vocabulary}"
+    for vocabulary in SHAPES_OF
+    for records in (8, 16)
+}
+CHECKPOINTING = {"none": "every activation kept", "selective": "selective", "full": "whole blocks"}
 PROCESSES: dict[str, Flags] = {
     "1 process of 2 threads": {"batch": 32, "threads": 2},
     "2 processes of 1 thread": {"batch": 32, "threads": 1, "devices": 2},
@@ -106,10 +115,35 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
         return Job(name, measurement("step", [word for word in words if word]))
 
-    changes = {"size": SIZES, "lengths": spread, "lengths-llama": wide}
+    positions: dict[str, Flags] = {
+        name: {"words": 240, "batch": records, "shape": SHAPES_OF[vocabulary]}
+        for (vocabulary, records), name in POSITIONS.items()
+    }
+    long: Flags = {"records": args.data / LONG, "generated": 0, "batch": 4, "targets": "all"}
+    checkpointing: dict[str, Flags] = {
+        name: {**long, "mode": "lora", "shape": DEFAULT_SHAPE, "checkpointing": mode}
+        for mode, name in CHECKPOINTING.items()
+    }
+    changes = {
+        "size": SIZES,
+        "positions": positions,
+        "lengths": spread,
+        "lengths-llama": wide,
+        "checkpointing": checkpointing,
+    }
     if args.device == "cpu":  # whose cores they share
         changes["processes"] = PROCESSES
     return {key: [job(*change) for change in several.items()] for key, several in changes.items()}
+
+
+def growth(lines: Sequence[Line]) -> float | None:
+    """Divide the memory of as many positions more at the large vocabulary by that at the small."""
+    figures = medians(lines, ("peak_rss_gib", "peak_cuda_gib"))
+    if set(figures) != set(POSITIONS.values()):
+        return None
+    peaks = {key: peak_gib(figures[name]) for key, name in POSITIONS.items()}
+    small, large = (peaks[vocabulary, 16] - peaks[vocabulary, 8] for vocabulary in SHAPES_OF)
+    return ratio(large, small)
 
 
 def with_rates(line: Line) -> Line:

@@ -32,6 +32,7 @@ def test_generation_is_measured(
     print(even, uneven)
     assert even["new_tokens"] == 3 * 8
     assert even["decode_step_ms"] > 0
+    assert 0 < even["bandwidth"] < 1
     assert even["new_tok_s"] == pytest.approx(24 / even["call_s"][0], rel=0.1)
     assert uneven["new_tokens"] == 3 + 9 + 5 + 4 + 4  # a byte is a token, and each has its end
     assert "decode_step_ms" not in uneven

@@ -200,11 +200,23 @@ def test_first_losses_are_compared_within_a_repeat() -> None:
 
     short = [one(peers.SHARING, 0, 12.5), one(peers.APART, 0, 12.25)]
     long = [one(peers.SHARING, 1, 3.0), one(peers.APART, 1, 3.125), one(peers.SHARING, 2, 9.0)]
-    assert peers.first_losses({"short": short}) == (
-        "Step-1 losses, with and without shared beginnings: largest difference 0.25 in 1 pairs."
-    )
-    assert "0.25 in 2 pairs" in (peers.first_losses({"short": short, "long": long}) or "")
-    assert peers.first_losses({"short": short[:1]}) is None
+    assert peers.first_losses({"short": short}) == [0.25]
+    assert peers.first_losses({"short": short, "long": long}) == [0.25, 0.125]
+    assert peers.first_losses({"short": short[:1]}) == []
+    told = "Step-1 losses, with and without shared beginnings: largest difference 0.25 in 2 pairs."
+    step = {"tok_s": 1.0, "tok_s_cpu": 1.0, "peak_rss_gib": 1.0, "tokens": 1, "step_s": [1]}
+    runs = {key: [line | step for line in one] for key, one in (("short", short), ("long", long))}
+    assert told in peers.table(runs)
+
+
+def test_peers_that_were_left_out_are_named() -> None:
+    def lines(*names: str) -> list[dict]:
+        return [{"name": name, "repeat": 0, "error": "killed"} for name in names]
+
+    runs = {"short": lines("hf", "ours"), "full": lines("hf", "litgpt", "ours")}
+    assert peers.table(runs)[-1] == "Left out: trl (short); torchtune (full)."
+    whole = {"short": lines("hf", "trl", "ours")}
+    assert not any("Left out" in line for line in peers.table(whole))
 
 
 def test_generation_is_compared_with_transformers() -> None:
@@ -335,7 +347,7 @@ def test_memory_is_the_gpus_where_there_is_one() -> None:
     line = {"tok_s": 1, "tok_s_cpu": 1, "tokens": 9, "step_s": [1], "peak_rss_gib": 4.0}
     runs = [line | {"name": "hf", "peak_cuda_gib": 2.0}, line | {"name": "ours"}]
     runs[1]["peak_cuda_gib"] = 1.5
-    rows = peers.table({"short": [{"repeat": 0, **one} for one in runs]})
+    rows = peers.table({"all": [{"repeat": 0, **one} for one in runs]})
     assert [cells(row)[-2:] for row in rows[2:]] == [["2.00", ""], ["1.50", "0.75"]]
 
 

@@ -9,9 +9,15 @@ import pytest
 from tests.benchmarks import step
 from tests.small import write_byte_tokenizer
 
+EVERY_KEY = {"checkpointing": "selective", "targets": "all", "no-prefix-sharing": ""}
 
+
+@pytest.mark.parametrize("others", [{}, EVERY_KEY, {"mode": "full"}], ids=["lora", "keys", "full"])
 def test_a_step_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    others: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_byte_tokenizer(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -25,8 +31,9 @@ def test_a_step_is_measured(
         "dtype": "fp32",
         "threads": 1,
     }
+    flags |= others
     arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["step", *arguments])
+    monkeypatch.setattr(sys, "argv", ["step", *filter(None, arguments)])
     step.main()
     result = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     print(result)
@@ -37,3 +44,10 @@ def test_a_step_is_measured(
     assert 0 < result["wait"] < 1
     assert result["first_step_at_s"] > 0
     assert result["peak_rss_gib"] > 0
+    assert result["mode"] == others.get("mode", "lora")
+    assert result["targets"] == others.get("targets", "attn")
+    assert result["checkpointing"] == others.get("checkpointing", "none")
+    assert result["prefixes"] == ("no-prefix-sharing" not in others)
+    assert 0 < result["rows_real"] <= 1
+    assert result["tok_s_cpu"] > 0
+    assert result["mfu"] > 0
