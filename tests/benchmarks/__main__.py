@@ -4,11 +4,11 @@ One process measures at a time. Each part keeps its measurements in results/MACH
 --shape in PART-SHAPE.json), from which --print makes the document again.
 """
 
-from tests.benchmarks import generate, peers, products, scaling, startup, waiting
+from tests.benchmarks import generate, levers, peers, products, scaling, startup, waiting
 from tests.benchmarks.inputs import check
 from tests.benchmarks.interleaved import check_names, measure, options, printed
 
-MODULES = (peers, generate, startup, waiting, scaling, products)
+MODULES = (peers, levers, generate, startup, waiting, scaling, products)
 PARTS = {module.PART.name: module.PART for module in MODULES}
 
 

@@ -46,6 +46,7 @@ from tests.benchmarks.interleaved import (
     two_digits,
 )
 from tests.benchmarks.machine import machine_name, memory, reading_ceiling, synchronize
+from tests.levers import ANSWERING_WITHOUT
 from tests.random_llama import SHAPES, kept_random_llama
 
 OURS, HF = "llama_lightning", "hf"
@@ -166,6 +167,7 @@ def measure(args: argparse.Namespace, folder: Path, records: Path) -> dict[str, 
         "new": args.new,
         "temperature": args.temperature,
         "top_p": args.top_p,
+        "without": args.without or "",
         "tag": os.environ.get("PEER_TAG", ""),
         "new_tok_s": round(new_tokens / statistics.median(walls), 2),
         "new_tok_s_cpu": round(new_tokens / statistics.median(cpus) * args.threads, 2),
@@ -276,12 +278,15 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without", choices=sorted(ANSWERING_WITHOUT), help="one of the levers")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     check_files(parser, args.tokenizer, args.records)
     torch.set_num_threads(args.threads)
+    if args.without:
+        ANSWERING_WITHOUT[args.without](setattr)
     folder = kept_random_llama(args.shape, args.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         records = Path(scratch) / "records.json"

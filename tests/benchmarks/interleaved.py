@@ -260,8 +260,14 @@ def results_of(machine: str) -> Path:
 
 
 def printed(parts: Iterable[Part], args: argparse.Namespace) -> str:
-    """Make the document of what has been measured of some parts."""
+    """Make the document of what has been measured of some parts, of other shapes too.
+
+    With --shape of that shape alone.
+    """
     files = [part.file(args) for part in parts]
+    if args.shape == DEFAULT_SHAPE:
+        beside = (sorted(file.parent.glob(f"{file.stem}-*.json")) for file in files)
+        files = [one for file, others in zip(files, beside, strict=True) for one in (file, *others)]
     if not any(file.is_file() for file in files):
         names, folder = ", ".join(file.name for file in files), files[0].parent
         there = ", ".join(sorted(str(folder) for folder in RESULTS.iterdir() if folder.is_dir()))

@@ -52,7 +52,7 @@ PACKED = ["--data", "packed"]
 # and 0.83.
 PADDED = ["--data", "padded", "--seed", "9"]
 WIDE = [*PACKED, "--width", "1024"]
-NINE, TWO = ["--batch", "9"], ["--batch", "2"]
+NINE, FOUR, TWO = (["--batch", number] for number in ("9", "4", "2"))
 # Of few steps, lengths of 20 to 512 tokens would be others than theirs; and with instructions for
 # bf16, the first steps of some number of rows take longer, which their packed rows always have.
 MORE = ["--steps", "10"]
@@ -85,7 +85,7 @@ def comparisons(shape: str) -> dict[str, Group]:
             LONG,
             [*full, "s512"],
             FULL_WIDE,
-            [*long, *TWO],
+            [*long, *FOUR],
         ),
         "full4k": Group("full; dim 512, vocabulary 4,096", SHORT, [*full, "s512v4k"], FULL, NINE),
     }

@@ -7,6 +7,9 @@ the time in which the loop waits for its next batch. `rows_real` is the part of 
 and `cells_real` of the queries in attention's grids, that is no padding. `mfu` counts 4 (LoRA) or 6
 (full) operations a weight for each token, also where a step leaves them out: it may pass 1. Of
 several processes (`--devices`) tokens and CPU time are summed; `wait` and memory are the first's.
+With `--without LEVER` each batch is there four times, in turn as it is and without the lever: twice
+to warm up, as kernels are made for each number of rows, and twice to be timed. `gain` is how often
+the one fits in the other, `gain_cpu` by CPU time; `--steps` counts batches, and all else is of all.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
+from torch.utils.data import DataLoader
 
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig
@@ -41,6 +45,7 @@ from tests.benchmarks.machine import (
     seconds_since_start,
     synchronize,
 )
+from tests.levers import WITHOUT
 from tests.random_llama import SHAPES, kept_random_llama
 
 PRECISION = {
@@ -107,6 +112,32 @@ class Clock(Callback):
                 step[name] = float(trainer.strategy.reduce(value, reduce_op="sum"))
 
 
+class Alternating(Callback):
+    """Do without a lever in every other step."""
+
+    def __init__(self, lever: str) -> None:
+        self.lever = lever
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        while self._replaced:
+            setattr(*self._replaced.pop())
+        if trainer.global_step % 2:
+            WITHOUT[self.lever](self._put)
+
+    def _put(self, thing: Any, name: str, value: Any) -> None:
+        self._replaced.append((thing, name, getattr(thing, name)))
+        setattr(thing, name, value)
+
+
+class FourTimes(FoldedData):
+    """Every batch four times."""
+
+    def train_dataloader(self):
+        batches = [batch for batch in super().train_dataloader() for _ in range(4)]
+        return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+
+
 class Quiet(SimpleProfiler):
     """Lightning's profiler without its report: it knows how long the loop waits for data."""
 
@@ -161,8 +192,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-prefix-sharing", action="store_true")
+    parser.add_argument("--without", choices=sorted(WITHOUT), help="a lever, in every other step")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.without:
+        args.warmup, args.steps = 0, 4 * args.steps
     check_files(parser, args.tokenizer, *([] if args.generated else [args.records]))
     return args
 
@@ -183,7 +217,7 @@ def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Q
         compile=args.compile,
         share_prefixes=not args.no_prefix_sharing,
     )
-    data = FoldedData(
+    data = (FourTimes if args.without else FoldedData)(
         str(records),
         val_fraction=0.0,
         test_fraction=0.0,
@@ -204,7 +238,7 @@ def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Q
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[clock],
+        callbacks=[clock, *([Alternating(args.without)] if args.without else [])],
         profiler=profiler,
     )
     trainer.fit(module, datamodule=data)
@@ -226,6 +260,12 @@ def report(
     with torch.device("meta"):
         weights = sum(p.numel() for p in Llama(config).parameters())
     flop_a_token = (4 if args.mode == "lora" else 6) * weights
+    gains = {}
+    if args.without:
+        pairs = list(zip(steps[2::4], steps[3::4], strict=True))
+        for key, name in (("wall", "gain"), ("cpu", "gain_cpu")):
+            gain = sum(other[key] for _, other in pairs) / sum(one[key] for one, _ in pairs)
+            gains[name] = round(gain, 3)
     waits = profiler.waits()[args.warmup * args.accumulate :][: args.steps * args.accumulate]
     return {
         "peer": "llama_lightning",
@@ -240,6 +280,8 @@ def report(
         "prefixes": not args.no_prefix_sharing,
         "checkpointing": args.checkpointing,
         "compile": args.compile,
+        "without": args.without or "",
+        **gains,
         "tag": os.environ.get("PEER_TAG", ""),
         "tok_s": round(tokens / wall, 2),
         "tok_s_median": round(statistics.median(s["tokens"] / s["wall"] for s in steps), 2),

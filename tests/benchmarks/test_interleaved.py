@@ -12,11 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import generate, interleaved, peers, products, scaling, startup, waiting
+from tests.benchmarks import (
+    generate,
+    interleaved,
+    levers,
+    peers,
+    products,
+    scaling,
+    startup,
+    waiting,
+)
 from tests.benchmarks.__main__ import PARTS
 from tests.benchmarks.inputs import LONG, SHORT
 from tests.benchmarks.interleaved import Job, Part, Runs
 from tests.benchmarks.machine import machine_name
+from tests.levers import ANSWERING_WITHOUT, WITHOUT
 from tests.model.oracle import small_config
 
 ECHO = "import json, sys; print('noise'); print(json.dumps({'tok_s': float(sys.argv[1])}))"
@@ -150,11 +160,26 @@ def test_the_whole_1b_shape_has_files_of_its_own(tmp_path: Path) -> None:
 
     assert names() == [f"{name}.json" for name in PARTS]
     assert names("--shape", "1b") == [
-        *(f"{name}-1b.json" for name in ("peers", "generate", "startup")),
+        *(f"{name}-1b.json" for name in ("peers", "levers", "generate", "startup")),
         "waiting.json",
         "scaling.json",
         "products.json",
     ]
+
+
+def test_all_shapes_are_printed_unless_one_is_named(tmp_path: Path) -> None:
+    part = Part("some", "Some", lambda _: {}, lambda _: [])
+
+    def printed(*flags: str) -> list[str]:
+        args = interleaved.options("", "").parse_args(["--out", str(tmp_path), *flags])
+        text = interleaved.printed([part], args)
+        return [line for line in text.split("\n") if line.startswith("## ")]
+
+    for name in ("some", "some-1b", "other-1b"):
+        report = {"title": name, "table": [], "groups": {}}
+        interleaved.write(tmp_path / f"{name}.json", report)
+    assert printed() == ["## some", "## some-1b"]
+    assert printed("--shape", "1b") == ["## some-1b"]
 
 
 def test_the_variables_of_openmp_are_the_same_for_both_peers(
@@ -259,6 +284,26 @@ def test_startup_is_compared_with_transformers() -> None:
     ]
 
 
+def test_a_levers_gain_is_that_of_pairs_or_to_the_whole() -> None:
+    def answers(name: str, tok_s: float, cpu: float) -> dict:
+        return {"name": name, "new_tok_s": tok_s, "new_tok_s_cpu": cpu, "peak_rss_gib": 1.0}
+
+    pairs = {"name": levers.LAST, "tok_s": 9, "gain": 1.5, "gain_cpu": 1.25, "peak_rss_gib": 2.0}
+    steps = [{"name": levers.WHOLE, "tok_s": 9, "peak_rss_gib": 1.5}, pairs]
+    two = [answers(levers.WHOLE, 90, 99), answers("copied beginnings", 60, 90)]
+    rows = levers.table({"lora": steps, "answers": two, "full": [pairs]})
+    assert [cells(row)[1:] for row in rows[2:]] == [
+        ["as it is", "", "", "1.50"],
+        [f"without {levers.LAST}", "1.50", "1.25", "2.00"],
+        ["as it is", "", "", "1.00"],
+        ["without copied beginnings", "1.50", "1.10", "1.00"],
+        [f"without {levers.LAST}", "1.50", "1.25", "2.00"],
+    ]
+    args = interleaved.options("", "").parse_args([])
+    named = {job.name for jobs in levers.groups(args).values() for job in jobs}
+    assert named | {"rows in multiples"} == {levers.WHOLE, *WITHOUT, *ANSWERING_WITHOUT}
+
+
 def test_growth_is_compared_with_the_first_of_its_kind() -> None:
     def one(name: str, tok_s: float, cpu: float) -> dict:
         line = {"name": name, "tok_s": tok_s, "tokens": 1000, "step_s": [1, 1]}
@@ -327,7 +372,7 @@ def test_on_a_gpu_every_process_measures_there(
     args = interleaved.options("", "").parse_args(flags)
     assert interleaved.peers_dtype(args) == "bfloat16"
     seen = 0
-    for part in (peers.PART, generate.PART, waiting.PART, scaling.PART):
+    for part in (peers.PART, levers.PART, generate.PART, waiting.PART, scaling.PART):
         assert part.file(args).parent == interleaved.RESULTS / "some_cuda"
         for jobs in part.groups(args).values():
             for job in jobs:

@@ -12,7 +12,12 @@ from tests.small import write_byte_tokenizer
 EVERY_KEY = {"checkpointing": "selective", "targets": "all", "no-prefix-sharing": ""}
 
 
-@pytest.mark.parametrize("others", [{}, EVERY_KEY, {"mode": "full"}], ids=["lora", "keys", "full"])
+WITHOUT = {"without": "frozen weights"}
+
+
+@pytest.mark.parametrize(
+    "others", [{}, EVERY_KEY, {"mode": "full"}, WITHOUT], ids=["lora", "keys", "full", "without"]
+)
 def test_a_step_is_measured(
     others: dict[str, str],
     tmp_path: Path,
@@ -37,8 +42,9 @@ def test_a_step_is_measured(
     step.main()
     result = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     print(result)
-    assert len(result["losses"]) == 3
-    assert len(result["step_s"]) == len(result["step_cpu_s"]) == 2
+    steps, warmup = (8, 0) if "without" in others else (2, 1)
+    assert len(result["losses"]) == steps + warmup
+    assert len(result["step_s"]) == len(result["step_cpu_s"]) == steps
     assert result["tokens"] > result["supervised"] > 0
     assert result["tok_s"] == pytest.approx(result["tokens"] / sum(result["step_s"]), rel=0.05)
     assert 0 < result["wait"] < 1
@@ -51,3 +57,4 @@ def test_a_step_is_measured(
     assert 0 < result["rows_real"] <= 1
     assert result["tok_s_cpu"] > 0
     assert result["mfu"] > 0
+    assert ("gain" in result) == ("gain_cpu" in result) == ("without" in others)

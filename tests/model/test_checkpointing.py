@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llama_lightning.data.prefixes import find_prefixes
-from llama_lightning.model import attention, checkpointing, linear, llama
+from llama_lightning.model import attention, checkpointing, linear
 from llama_lightning.model.block_runner import BlockRunner
 from llama_lightning.model.llama import Block, Llama
 from llama_lightning.model.lora import LLAMA_LINEARS, LoRAConfig, inject_lora
 from llama_lightning.model.loss import summed_cross_entropy, supervised_positions
-from llama_lightning.model.rms_norm import RMSNorm
 from llama_lightning.records import Prefixes
+from tests.levers import autograds_gate, autograds_norm
 from tests.model.oracle import (
     SMALL,
     Flat,
@@ -30,7 +30,6 @@ from tests.model.oracle import (
     supervised_hidden,
 )
 from tests.model.test_grid_attention import wide_by_autograd
-from tests.model.test_written_gradients import plain_norm, plain_swiglu
 
 KINDS = ["full", "lora", "biases"]
 MODES: list[Any] = ["selective", True]
@@ -149,8 +148,8 @@ def test_less_is_kept_the_more_is_computed_again(
     model = _model(kind, targets=targets)
     model.bfloat16()
     none, selective, full = (_kept_kib(model, mode) for mode in (False, "selective", True))
-    monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: plain_norm(x, norm.weight))
-    monkeypatch.setattr(llama, "swiglu", plain_swiglu)
+    autograds_norm(monkeypatch.setattr)
+    autograds_gate(monkeypatch.setattr)
     monkeypatch.setattr(attention, "over_grids", wide_by_autograd)
     autograds = _kept_kib(model, False)
     print(

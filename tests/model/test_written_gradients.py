@@ -1,14 +1,15 @@
 """Backward passes written by hand give autograd's gradients, and keep little but what came in."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llama_lightning.model.rms_norm import RMSNorm
 from llama_lightning.model.swiglu import swiglu
+from tests.levers import plain_norm, plain_swiglu
 from tests.model.oracle import max_difference, relative_difference
 
 TOKENS, SIZE = 6, 40
@@ -22,19 +23,9 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.func.functional_call(module, {"weight": weight}, x)
 
 
-def plain_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
-
-
-def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
 # Ours, its definition, the shape of the second operand, and numbers it makes a token and may keep.
 FUNCTIONS: dict[str, tuple[Function, Function, tuple[int, ...], int]] = {
-    "norm": (norm, plain_norm, (SIZE,), 1),
+    "norm": (norm, partial(plain_norm, eps=EPS), (SIZE,), 1),
     "swiglu": (swiglu, plain_swiglu, (2, TOKENS, SIZE), 0),
 }
 each = pytest.mark.parametrize("name", FUNCTIONS)
@@ -96,6 +87,6 @@ def test_mixed_types() -> None:
     x, weight = _operands("norm", torch.float32)
     narrow = x.detach().bfloat16().requires_grad_()
     out = norm(narrow, weight)
-    assert max_difference(out, plain_norm(narrow, weight)) == 0.0
+    assert max_difference(out, plain_norm(narrow, weight, EPS)) == 0.0
     of_x, of_weight = torch.autograd.grad(out.sum(), (narrow, weight))
     assert (out.dtype, of_x.dtype, of_weight.dtype) == (torch.float32, torch.bfloat16, weight.dtype)

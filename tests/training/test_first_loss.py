@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama_lightning.data.alpaca import AlpacaDataModule
-from llama_lightning.model import grid_attention, linear, llama, loss, ragged_rows
-from llama_lightning.model.embedding import Embedding
+from llama_lightning.model import flat_batch, linear, llama, loss, ragged_rows
 from llama_lightning.model.llama import Backbone
 from llama_lightning.model.lora import LoRAConfig, LoRALinear
 from llama_lightning.model.ragged_rows import RaggedRows
@@ -27,7 +26,7 @@ from llama_lightning.records import IGNORE_INDEX, Prefixes
 from llama_lightning.training.llama_module import LlamaModule
 from llama_lightning.training.trainer import Trainer
 from llama_lightning.weights.huggingface import load_huggingface, save_huggingface
-from tests.model.test_written_gradients import plain_norm, plain_swiglu
+from tests.levers import WITHOUT, Put, plain_norm
 from tests.small import write_byte_tokenizer, write_small_llama
 
 Patch = pytest.MonkeyPatch
@@ -53,52 +52,29 @@ class Module(LlamaModule):
                     nn.init.normal_(weight, std=0.1, generator=generator)
 
 
-# Levers
+# Levers: without each, and the other way round
 
 
-def _set(**names: Any) -> Callable[[Patch], None]:
+def _set(**names: Any) -> Callable[[Put], None]:
     """Give names of modules, written module__name, other values."""
-    modules = {"grid": grid_attention, "linear": linear, "llama": llama, "loss": loss}
-    modules["rows"] = ragged_rows
+    modules = {"linear": linear, "llama": llama, "loss": loss, "rows": ragged_rows}
 
-    def switch(patch: Patch) -> None:
+    def switch(put: Put) -> None:
         for name, value in names.items():
             module, _, attribute = name.partition("__")
-            patch.setattr(modules[module], attribute, value)
+            put(modules[module], attribute, value)
 
     return switch
 
 
-def _whole_last_layer(patch: Patch) -> None:
-    only_wanted = Backbone.forward
-
-    def forward(self: Backbone, tokens: Tensor, *, wanted: Tensor, **place: Any) -> Tensor:
-        return only_wanted(self, tokens, **place)[wanted]
-
-    patch.setattr(Backbone, "forward", forward)
-
-
-def _autograd(patch: Patch) -> None:
-    patch.setattr(RMSNorm, "forward", lambda norm, x: plain_norm(x, norm.weight, norm.eps))
-    patch.setattr(llama, "swiglu", plain_swiglu)
-    patch.setattr(Embedding, "forward", nn.Embedding.forward)
-    patch.setattr(grid_attention, "CPU_HAS_GROUPS", False)
-
-
-LEVERS: dict[str, Callable[[Patch], None]] = {
+LEVERS: dict[str, Callable[[Put], None]] = {
     "as it is": _set(),
+    **{f"without {name}": switch for name, switch in WITHOUT.items()},
     "own queries behind any shared beginning": _set(rows__MAX_OWN=1.0),
-    "all queries": _set(rows__MAX_OWN=0.0),
-    "one grid": _set(rows__MIN_FILL=1e-9),
     "a grid a row": _set(rows__MIN_FILL=1.0),
-    "attention in the run's type": _set(grid__CPU_LEAST=torch.bfloat16),
     "logits one position at a time": _set(loss__CHUNK=1),
-    "all logits at once": _set(loss__CHUNK=10**6, loss__SLICE_A_THREAD=10**6),
-    "the last layer everywhere": _whole_last_layer,
     "rows filled up": _set(llama__fills_up_rows=lambda weight: True),
-    "rows as they are": _set(llama__fills_up_rows=lambda weight: False),
     "bf16 products in fp32": _set(linear__CPU_HAS_BF16=False),
-    "autograd's backward passes": _autograd,
 }
 KEYS: dict[str, dict[str, Any]] = {
     "beginnings apart": {"share_prefixes": False},
@@ -107,38 +83,36 @@ KEYS: dict[str, dict[str, Any]] = {
 }
 
 
-def _all_off(patch: Patch) -> None:
-    _whole_last_layer(patch)
-    _autograd(patch)
-    for name in ("all queries", "one grid", "all logits at once", "rows as they are"):
-        LEVERS[name](patch)
+def _all_off(put: Put) -> None:
+    for switch in WITHOUT.values():
+        switch(put)
 
 
 # Mistakes
 
 
-def _neighbours(patch: Patch) -> None:
+def _neighbours(put: Put) -> None:
     """Let records see those before them."""
     right = ragged_rows.ragged_rows
 
     def merged(boundaries: Tensor, prefixes: Prefixes | None = None) -> RaggedRows:
         return right(boundaries[[0, -1]], prefixes)
 
-    patch.setattr(llama, "ragged_rows", merged)
+    put(flat_batch, "ragged_rows", merged)
 
 
-def _one_late(patch: Patch) -> None:
+def _one_late(put: Put) -> None:
     """Ask for the hidden state behind the one that is wanted."""
     plain = Backbone.forward
 
     def forward(self: Backbone, tokens: Tensor, *, wanted: Tensor, **place: Any) -> Tensor:
         return plain(self, tokens, wanted=(wanted + 1).clamp(max=len(tokens) - 1), **place)
 
-    patch.setattr(Backbone, "forward", forward)
+    put(Backbone, "forward", forward)
 
 
-def _another_eps(patch: Patch) -> None:
-    patch.setattr(RMSNorm, "forward", lambda norm, x: plain_norm(x, norm.weight, 1e3 * norm.eps))
+def _another_eps(put: Put) -> None:
+    put(RMSNorm, "forward", lambda norm, x: plain_norm(x, norm.weight, 1e3 * norm.eps))
 
 
 # Both paths
@@ -222,7 +196,7 @@ def test_the_first_loss_is_the_plain_paths(
     folder: Path, run: tuple[str, str, float], lever: str, monkeypatch: Patch
 ) -> None:
     kind, dtype, plain = run
-    LEVERS.get(lever, _all_off if lever == "all off" else _set())(monkeypatch)
+    LEVERS.get(lever, _all_off if lever == "all off" else _set())(monkeypatch.setattr)
     keys = {"share_prefixes": False} if lever == "all off" else KEYS.get(lever, {})
     difference = abs(_fit(folder, kind, dtype, **keys) - plain)
     print(f"{kind}, {dtype}, {lever}: {difference:.1e} of {plain:.3f} (bound {BOUNDS[dtype]:.0e})")
@@ -231,10 +205,10 @@ def test_the_first_loss_is_the_plain_paths(
 
 @pytest.mark.parametrize("mistake", [_neighbours, _one_late, _another_eps])
 def test_a_mistake_is_found_out(
-    folder: Path, run: tuple[str, str, float], mistake: Callable[[Patch], None], monkeypatch: Patch
+    folder: Path, run: tuple[str, str, float], mistake: Callable[[Put], None], monkeypatch: Patch
 ) -> None:
     kind, dtype, plain = run
-    mistake(monkeypatch)
+    mistake(monkeypatch.setattr)
     difference = abs(_fit(folder, kind, dtype) - plain)
     print(f"{kind}, {dtype}, {mistake.__name__}: {difference:.1e} (bound {BOUNDS[dtype]:.0e})")
     assert difference > BOUNDS[dtype]
