@@ -46,8 +46,8 @@ def checkpointed(function: Callable[..., Tensor], *, selective: bool) -> Callabl
             again what is cheap: norms, rotations, activations, casts.
 
     Steps with LoRA on all linears at the 1B shape with 4 layers, on 4 long records each, took at
-    their peak 2.7 GiB, of all that the process holds; selective 2.8 in 1.3 times the CPU time; in
-    full 2.45 in 1.4 times of it (one run each, 2 cores of an Intel Xeon with AMX).
+    their peak 2.22 GiB, of all that the process holds; selective 2.27 in 1.24 times the CPU time;
+    in full 2.08 in 1.47 times of it (one run each, 2 cores of an Intel Xeon with AMX).
     """
     # The re-entrant variant loses the gradient of LoRA under a frozen embedding.
     if not selective:

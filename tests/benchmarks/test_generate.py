@@ -1,6 +1,7 @@
 """Ours and transformers do the same work, and print one line of it each."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 from tests.benchmarks import generate
 from tests.small import write_byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("peer", [generate.OURS, generate.HF])
@@ -37,3 +40,9 @@ def test_generation_is_measured(
     assert uneven["new_tokens"] == 3 + 9 + 5 + 4 + 4  # a byte is a token, and each has its end
     assert "decode_step_ms" not in uneven
     assert uneven["rows"] == 4
+
+
+def test_an_environment_without_lightning_can_answer_as_the_other_peer() -> None:
+    code = "import sys; sys.modules['lightning'] = None; import tests.benchmarks.generate"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
