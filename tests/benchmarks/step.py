@@ -120,14 +120,20 @@ class Alternating(Callback):
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        while self._replaced:
-            setattr(*self._replaced.pop())
+        self._restore()
         if trainer.global_step % 2:
             WITHOUT[self.lever](self._put)
+
+    def on_train_end(self, trainer, pl_module):
+        self._restore()
 
     def _put(self, thing: Any, name: str, value: Any) -> None:
         self._replaced.append((thing, name, getattr(thing, name)))
         setattr(thing, name, value)
+
+    def _restore(self) -> None:
+        while self._replaced:
+            setattr(*self._replaced.pop())
 
 
 class FourTimes(FoldedData):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_lightning.training.llama_module import LlamaModule
 from tests.benchmarks import step
 from tests.small import write_byte_tokenizer
 
@@ -39,7 +40,9 @@ def test_a_step_is_measured(
     flags |= others
     arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     monkeypatch.setattr(sys, "argv", ["step", *filter(None, arguments)])
+    before = LlamaModule.training_step, LlamaModule.on_after_backward
     step.main()
+    assert (LlamaModule.training_step, LlamaModule.on_after_backward) == before
     result = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     print(result)
     steps, warmup = (8, 0) if "without" in others else (2, 1)
