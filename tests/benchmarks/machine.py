@@ -31,8 +31,10 @@ def machine_name(device: str) -> str:
     said = {key.strip(): text.strip() for key, _, text in lines}  # by the last core
     name = re.sub(r"\((R|TM)\)", "", said.get("model name", platform.machine()))
     # Processors of one name, as virtual ones are called, may differ in what decides most.
-    amx = " with AMX" if "amx_bf16" in said.get("flags", "").split() else ""
-    return f"{os.cpu_count()} cores of {name}{amx}"
+    flags = said.get("flags", "").split()
+    units = {"amx_bf16": " with AMX", "avx512_bf16": " with AVX512-BF16"}
+    unit = next((words for flag, words in units.items() if flag in flags), "")
+    return f"{os.cpu_count()} cores of {name}{unit}"
 
 
 def synchronize(device: str) -> None:
