@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama_lightning.model import continuous_batch, grid_attention, llama, ragged_rows
+from llama_lightning.model import continuous_batch, grid_attention, llama, loss, ragged_rows
 from llama_lightning.model.embedding import Embedding
 from llama_lightning.model.llama import Backbone
 from llama_lightning.model.rms_norm import RMSNorm
@@ -172,7 +172,8 @@ def one_grid(put: Put) -> None:
 
 def rows_as_they_are(put: Put) -> None:
     """Multiply any number of rows."""
-    put(llama, "fills_up_rows", lambda weight: False)
+    for module in (llama, loss):
+        put(module, "fills_up_rows", lambda weight: False)
 
 
 # Generation

@@ -33,6 +33,7 @@ from llama_lightning.data.token_file import Examples
 from llama_lightning.data.tokenizer import Tokenizer
 from llama_lightning.data.tokenizer_files import ends_turns, text_side
 from llama_lightning.errors import UsageError
+from llama_lightning.heap import give_back_memory
 from llama_lightning.records import Batch, PromptBatch, TextSide
 
 
@@ -134,8 +135,12 @@ class AlpacaDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded at first use."""
+        """The tokenizer, loaded at first use, and again if text is read or written during fit."""
         return Tokenizer.from_path(self.tokenizer_path)
+
+    @cached_property
+    def _tokenizer_fingerprint(self) -> str:
+        return self.tokenizer.fingerprint
 
     @property
     def encoding(self) -> Encoding:
@@ -239,6 +244,11 @@ class AlpacaDataModule(LightningDataModule):
             if stage == "fit":
                 self.train_examples = self._examples(train)
                 self._training_records = digest(self.train_examples.tokens())
+                # Training sees tokens only. Llama 3's tokenizer is 0.05 GiB of a process; of it,
+                # checkpoints hold the fingerprint.
+                self._tokenizer_fingerprint = self.tokenizer.fingerprint
+                del self.tokenizer
+                give_back_memory()
 
     @property
     def val_rows(self) -> list[Row]:
@@ -302,7 +312,7 @@ class AlpacaDataModule(LightningDataModule):
         return {
             "template": self.template_name,
             "template_text": self.template.text,
-            "tokenizer": self.tokenizer.fingerprint,
+            "tokenizer": self._tokenizer_fingerprint,
         }
 
     def state_dict(self) -> dict[str, Any]:

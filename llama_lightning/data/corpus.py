@@ -4,8 +4,9 @@ It joins reading, tokenising and the cache; it knows neither parts nor batches.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llama_lightning.data.examples import Encoded, Turns, encode_row
@@ -38,15 +39,10 @@ class Encoding:
     columns: Mapping[str, str] | None
     cache_dir: Path
 
-    def read(self, path: Path, *, need_output: bool = True, first_id: int = 0) -> Iterator[Row]:
-        """Yield the rows of a file."""
-        return read_rows(
-            path,
-            columns=self.columns,
-            need_output=need_output,
-            take_chats=self.template.takes_chats,
-            first_id=first_id,
-        )
+    @property
+    def read(self) -> Callable[..., Iterator[Row]]:
+        """What yields the rows of a file; it holds no tokenizer, which is large."""
+        return partial(read_rows, columns=self.columns, take_chats=self.template.takes_chats)
 
     def _encoded(self, path: Path) -> Iterator[tuple[Row, Encoded]]:
         for row in self.read(path):
@@ -95,7 +91,7 @@ class Corpus:
         check_distinct(sources)
         for source in sources:
             check_file(source.path)
-        self.sources, self.encoding = sources, encoding
+        self.sources, self._read = sources, encoding.read
         self.given = ", ".join(source.given for source in sources)
         hashes = []
         for source in sources:
@@ -141,4 +137,4 @@ class Corpus:
     def rows(self) -> Iterator[Row]:
         """Read all rows again, as text."""
         for source, numbers in self._by_source():
-            yield from self.encoding.read(source.path, first_id=numbers.start)
+            yield from self._read(source.path, first_id=numbers.start)

@@ -6,8 +6,6 @@ parts of some outputs, as packing jumps from output to output, and they should s
 Letters: M rows, I inputs, O outputs.
 """
 
-import ctypes
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -16,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from llama_lightning.heap import give_back_memory
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -58,16 +58,6 @@ def in_threads(act: Callable[[U], T], arguments: Iterable[U]) -> Iterator[T]:
             give_back_memory()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def give_back_memory() -> None:
-    """Give the system what has been freed, which glibc keeps, for each thread, between what is not.
-
-    So the 1B shape with 4 layers takes 1.9 instead of 3.4 GiB at most while it is packed, and 1.7
-    instead of 2.6 while its head's codes are made.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _num_outputs(part: int, inputs: int) -> int:

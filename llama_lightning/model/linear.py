@@ -57,7 +57,7 @@ def computes_in_bf16(*dtypes: torch.dtype) -> bool:
 
 
 def fills_up_rows(weight: Tensor) -> bool:
-    """Say whether rows are best filled up to multiples of ROW_MULTIPLE, beside such a weight."""
+    """Say whether a number of rows is best filled up to a round one, beside such a weight."""
     return CPU_HAS_BF16 and weight.device.type == "cpu" and computes_in_bf16(weight.dtype)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llama_lightning.heap import give_back_memory
 from llama_lightning.model import fbgemm
 from llama_lightning.model.embedding_table import HAS_AVX512, CodeTable
 from llama_lightning.model.linear import CPU_HAS_AMX, Linear
@@ -95,4 +96,4 @@ def screened(model: Llama, rows: int) -> Iterator[None]:
     finally:
         if model.lm_head is not head:
             model.register_module("lm_head", head)
-            fbgemm.give_back_memory()
+            give_back_memory()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,20 @@ def test_a_module_keeps_the_row_numbers_of_the_file(module):
         assert tokenizer.decode(example.tokens) == question + answer
     batch = next(iter(data.val_dataloader()))
     assert batch.row_ids.tolist() == parts[1]  # 10 records, eval_batch_size 32
+
+
+def test_fit_lets_the_tokenizer_go(module):
+    data = module(numbered(100))
+    whole = data.tokenizer
+    fingerprint, gone = whole.fingerprint, weakref.ref(whole)
+    del whole
+    data.setup("fit")
+    assert gone() is None  # neither parts nor their files hold it
+    assert data.state_dict()["tokenizer"] == fingerprint
+    assert len(data.val_rows) == 5
+    assert "tokenizer" not in vars(data)  # none of these has read it again
+    prompts = data.prompts(data.val_rows[:1])  # which samples of answers do
+    assert data.tokenizer.decode(prompts.tokens.tolist()) == data.val_rows[0].instruction
 
 
 def test_training_leaves_out_the_prompts_of_the_other_files(module, tmp_path):

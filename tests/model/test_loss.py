@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llama_lightning.model import loss as loss_module
+from llama_lightning.model.linear import TILE
 from llama_lightning.model.llama import Llama
 from llama_lightning.model.lora import LoRAConfig, LoRALinear, inject_lora
 from llama_lightning.model.loss import loss_and_hits, summed_cross_entropy, supervised_positions
@@ -249,6 +251,33 @@ def test_only_supervised_positions_meet_the_head_and_the_last_mlp(
     assert max(rows) - min(rows) <= 1
     assert blocks == [[len(batch.tokens) * width], [num_targets * width]]
     assert output == [num_targets * SMALL.num_attention_heads * SMALL.head_dim]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_rows_that_are_filled_up_change_no_number(
+    trained: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_lightning.model.loss.CHUNK", 64)
+    head = nn.Linear(8, 50, bias=False, dtype=torch.float64).requires_grad_(trained)
+    states = torch.randn(count, 8, dtype=torch.float64)
+    targets = torch.randint(50, (count,))
+    rows, found = _rows_seen(head), []
+    for fills_up in (False, True):
+        monkeypatch.setattr(loss_module, "fills_up_rows", lambda weight, filled=fills_up: filled)
+        head.zero_grad()
+        hidden = states.clone().requires_grad_()
+        loss = summed_cross_entropy(hidden, targets, head)
+        loss.backward()
+        evaluated, hits = loss_and_hits(states, targets, head)
+        found.append([loss.detach(), hidden.grad, evaluated, hits.double()])
+        found[-1] += [head.weight.grad.clone()] if trained else []
+    plain, filled = (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+    assert sum(plain) == 2 * 8 * count
+    assert [-(-n // (8 * TILE)) * 8 * TILE for n in plain] == filled
+    worst = max(map(relative_difference, *found))
+    print(f"{count} rows: worst difference {worst:.1e}")
+    assert worst <= 1e-12
 
 
 def test_evaluation_sums_the_loss_and_counts_hits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,9 @@ LEVERS: dict[str, Callable[[Put], None]] = {
     "own queries behind any shared beginning": _set(rows__MAX_OWN=1.0),
     "a grid a row": _set(rows__MIN_FILL=1.0),
     "logits one position at a time": _set(loss__CHUNK=1),
-    "rows filled up": _set(llama__fills_up_rows=lambda weight: True),
+    "rows filled up": _set(
+        llama__fills_up_rows=lambda weight: True, loss__fills_up_rows=lambda weight: True
+    ),
     "bf16 products in fp32": _set(linear__CPU_HAS_BF16=False),
 }
 KEYS: dict[str, dict[str, Any]] = {
