@@ -3,7 +3,8 @@
 Trains a narrow shape in full and changes one thing at a time: records a step, words an answer,
 vocabulary; the lengths of records, at the same tokens a step; and the processes that share a step.
 Time a token should stand still, and memory grow with the tokens alone: where logits are in memory
-a chunk at a time, as much at a large vocabulary as at a small one. Last, what checkpointing costs.
+a chunk at a time, as much at a large vocabulary as at a small one; and not with the steps that were
+taken. Last, what checkpointing costs.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.benchmarks.inputs import LONG, TOKENIZER
+from tests.benchmarks.inputs import LONG, SHORT, TOKENIZER
 from tests.benchmarks.interleaved import (
     DEFAULT_SHAPE,
     Job,
@@ -48,6 +49,17 @@ POSITIONS = {
     (vocabulary, records): f"{records} records of 240 words, vocabulary {vocabulary}"
     for vocabulary in SHAPES_OF
     for records in (8, 16)
+}
+# No two steps have as many rows, and oneDNN keeps kernels for some 1,000 numbers of them.
+MANY = 100
+STEPS: dict[str, Flags] = {
+    "10 steps": {"steps": 10},
+    f"{MANY} steps": {"steps": MANY},
+    f"{MANY} steps of any number of rows": {
+        "steps": MANY,
+        "without": "rows in multiples",
+        "throughout": "",
+    },
 }
 CHECKPOINTING = {"none": "every activation kept", "selective": "selective", "full": "whole blocks"}
 PROCESSES: dict[str, Flags] = {
@@ -119,6 +131,8 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         name: {"words": 240, "batch": records, "shape": SHAPES_OF[vocabulary]}
         for (vocabulary, records), name in POSITIONS.items()
     }
+    short: Flags = {"records": args.data / SHORT, "generated": 0, "batch": 9, "shape": "s512"}
+    steps = {name: {**short, **change} for name, change in STEPS.items()}
     long: Flags = {"records": args.data / LONG, "generated": 0, "batch": 4, "targets": "all"}
     checkpointing: dict[str, Flags] = {
         name: {**long, "mode": "lora", "shape": DEFAULT_SHAPE, "checkpointing": mode}
@@ -129,6 +143,7 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         "positions": positions,
         "lengths": spread,
         "lengths-llama": wide,
+        "steps": steps,
         "checkpointing": checkpointing,
     }
     if args.device == "cpu":  # whose cores they share

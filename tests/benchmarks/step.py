@@ -10,6 +10,8 @@ several processes (`--devices`) tokens and CPU time are summed; `wait` and memor
 With `--without LEVER` each batch is there four times, in turn as it is and without the lever: twice
 to warm up, as kernels are made for each number of rows, and twice to be timed. `gain` is how often
 the one fits in the other, `gain_cpu` by CPU time; `--steps` counts batches, and all else is of all.
+With `--throughout` the lever is not there at all: what it saves of memory is seen beside a process
+that has it.
 """
 
 import argparse
@@ -200,8 +202,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-prefix-sharing", action="store_true")
     parser.add_argument("--without", choices=sorted(WITHOUT), help="a lever, in every other step")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--throughout", action="store_true", help="... in every step instead")
     args = parser.parse_args()
-    if args.without:
+    if args.throughout and not args.without:
+        parser.error("--throughout: name a lever by --without")
+    args.alternates = bool(args.without) and not args.throughout
+    if args.alternates:
         args.warmup, args.steps = 0, 4 * args.steps
     check_files(parser, args.tokenizer, *([] if args.generated else [args.records]))
     return args
@@ -223,7 +229,7 @@ def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Q
         compile=args.compile,
         share_prefixes=not args.no_prefix_sharing,
     )
-    data = (FourTimes if args.without else FoldedData)(
+    data = (FourTimes if args.alternates else FoldedData)(
         str(records),
         val_fraction=0.0,
         test_fraction=0.0,
@@ -244,7 +250,7 @@ def fit(args: argparse.Namespace, folder: Path, records: Path) -> tuple[Clock, Q
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[clock, *([Alternating(args.without)] if args.without else [])],
+        callbacks=[clock, *([Alternating(args.without)] if args.alternates else [])],
         profiler=profiler,
     )
     trainer.fit(module, datamodule=data)
@@ -267,7 +273,7 @@ def report(
         weights = sum(p.numel() for p in Llama(config).parameters())
     flop_a_token = (4 if args.mode == "lora" else 6) * weights
     gains = {}
-    if args.without:
+    if args.alternates:
         pairs = list(zip(steps[2::4], steps[3::4], strict=True))
         for key, name in (("wall", "gain"), ("cpu", "gain_cpu")):
             gain = sum(other[key] for _, other in pairs) / sum(one[key] for one, _ in pairs)
@@ -314,6 +320,8 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.throughout:
+        WITHOUT[args.without](setattr)
     folder = kept_random_llama(args.shape, args.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         records = args.records
