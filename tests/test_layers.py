@@ -1,7 +1,7 @@
 """Imports point only downwards: the layers of the package, as a table and held by a test.
 
-L0 errors, records, the progress bar, the embedded default and the hub; L1 the network and the data;
-L2 formats on disk and evaluation; L3 training; L4 the command line, which sees everything.
+L0 errors, records, the heap, the progress bar, the embedded default and the hub; L1 the network and
+the data; L2 formats on disk and evaluation; L3 training; L4 the command line, which sees everything.
 """
 
 import ast
@@ -23,11 +23,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"data", "model", "training"},  # the public names, imported at first use
     "errors": set(),
     "records": set(),
+    "heap": set(),
     "assets": set(),
     "progress": set(),
     "hub": {"errors", "assets"},
-    "model": {"records"},
-    "data": {"errors", "records", "assets", "hub"},
+    "model": {"records", "heap"},
+    "data": {"errors", "records", "heap", "assets", "hub"},
     "weights": {"errors", "assets", "model"},
     "evaluation": {"errors", "progress", "records", "hub"},
     "training": {"errors", "progress", "records", "hub", "model", "weights"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # The judge that runs in a process of its own is a program rather than a part.
 ALSO = {"evaluation/local_judge.py": {"model", "weights", "tokenizers"}}
-PLAIN_PYTHON = {"errors", "assets"}
+PLAIN_PYTHON = {"errors", "heap", "assets"}
 TORCH_ONLY = {"records", "model"}
 LIGHTNING_IN = {"data/alpaca.py", "evaluation/callbacks.py"}  # of those that have little of it
 LITTLE_LIGHTNING = {"data", "evaluation"}
