@@ -1,7 +1,8 @@
 """Imports point only downwards: the layers of the package, as a table and held by a test.
 
-L0 errors, records, the heap, the progress bar, the embedded default and the hub; L1 the network and
-the data; L2 formats on disk and evaluation; L3 training; L4 the command line, which sees everything.
+L0 errors, records, the heap, the progress bar, the embedded default and the hub; L1 the network
+and the data; L2 formats on disk and evaluation; L3 training; L4 the command line, which sees
+everything.
 """
 
 import ast
