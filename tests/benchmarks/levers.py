@@ -3,6 +3,7 @@
 A step takes each micro-batch as it is and without the lever, in one process; generation runs
 as it is and then without. The gain is how often the one fits in the other. Memory is that of the
 process, so of a step the larger of both: beside that of steps as they are, it is what is saved.
+Freed gradients have a process without them: what one step keeps, the next would have to free.
 Rows in multiples show nothing here: they save kernels, and what is timed has those already.
 """
 
@@ -25,6 +26,7 @@ from tests.benchmarks.interleaved import (
 )
 
 WHOLE = "as it is"
+SPEEDS = ("tok_s", "tok_s_cpu")
 OF_ANSWERS = ("new_tok_s", "new_tok_s_cpu")
 
 
@@ -42,6 +44,7 @@ BACKWARD = ("a norm's own backward pass", "a gate's own backward pass")
 ATTENTION = ("attention's own backward pass", "attention in fp32", "similar rows in a grid")
 HEAD = ("logits only at labels", "logits chunk by chunk")
 LAST = "a last layer only where it is wanted"
+FREED = "freed gradients"
 GROUPS = {
     "lora": Group(
         "LoRA q,k,v,o; short answers",
@@ -66,7 +69,7 @@ GROUPS = {
         "step",
         SHORT,
         {"mode": "full", "batch": 9, "steps": 3},
-        [*HEAD, LAST, "an embedding's own backward pass", "freed gradients", *BACKWARD],
+        [*HEAD, LAST, "an embedding's own backward pass", FREED, *BACKWARD],
     ),
     "answers": Group(
         "short answers as long as their references, 8 at a time",
@@ -93,7 +96,8 @@ def groups(args: argparse.Namespace) -> dict[str, list[Job]]:
         flags = [word for name, value in given.items() for word in (f"--{name}", value)]
         jobs = found[key] = [Job(WHOLE, measurement(group.program, flags))]
         for lever in group.levers:
-            jobs.append(Job(lever, measurement(group.program, [*flags, "--without", lever])))
+            without = ["--without", lever, *(["--throughout"] if lever == FREED else [])]
+            jobs.append(Job(lever, measurement(group.program, [*flags, *without])))
     return found
 
 
@@ -101,13 +105,14 @@ def table(runs: Runs) -> list[str]:
     """Lay out medians."""
     rows: list[list[object]] = []
     for key, lines in runs.items():
-        keys = ("gain", "gain_cpu", *OF_ANSWERS, "peak_rss_gib", "peak_cuda_gib")
+        keys = ("gain", "gain_cpu", *SPEEDS, *OF_ANSWERS, "peak_rss_gib", "peak_cuda_gib")
         figures = medians(lines, keys)
         whole = figures.get(WHOLE, {})
         for name, values in figures.items():
             gains = [values.get("gain"), values.get("gain_cpu")]
-            if name != WHOLE and set(OF_ANSWERS) <= set(whole) & set(values):
-                gains = [ratio(whole[speed], values[speed]) for speed in OF_ANSWERS]
+            if whole and name != WHOLE and "gain" not in values:
+                speeds = OF_ANSWERS if GROUPS[key].program == "generate" else SPEEDS
+                gains = [ratio(whole[speed], values[speed]) for speed in speeds]
             row = [GROUPS[key].title, name if name == WHOLE else f"without {name}"]
             rows.append([*row, *map(two_digits, gains), f"{peak_gib(values):.2f}"])
     head = ["what", "how", "the lever's gain", "by CPU time", "peak GiB"]

@@ -291,16 +291,22 @@ def test_a_levers_gain_is_that_of_pairs_or_to_the_whole() -> None:
     pairs = {"name": levers.LAST, "tok_s": 9, "gain": 1.5, "gain_cpu": 1.25, "peak_rss_gib": 2.0}
     steps = [{"name": levers.WHOLE, "tok_s": 9, "peak_rss_gib": 1.5}, pairs]
     two = [answers(levers.WHOLE, 90, 99), answers("copied beginnings", 60, 90)]
-    rows = levers.table({"lora": steps, "answers": two, "full": [pairs]})
+    freed = {"name": levers.FREED, "tok_s": 8, "tok_s_cpu": 6, "peak_rss_gib": 2.5}
+    whole = {"name": levers.WHOLE, "tok_s": 12, "tok_s_cpu": 15, "peak_rss_gib": 1.5}
+    rows = levers.table({"lora": steps, "answers": two, "full": [whole, pairs, freed]})
     assert [cells(row)[1:] for row in rows[2:]] == [
         ["as it is", "", "", "1.50"],
         [f"without {levers.LAST}", "1.50", "1.25", "2.00"],
         ["as it is", "", "", "1.00"],
         ["without copied beginnings", "1.50", "1.10", "1.00"],
+        ["as it is", "", "", "1.50"],
         [f"without {levers.LAST}", "1.50", "1.25", "2.00"],
+        [f"without {levers.FREED}", "1.50", "2.50", "2.50"],
     ]
     args = interleaved.options("", "").parse_args([])
-    named = {job.name for jobs in levers.groups(args).values() for job in jobs}
+    jobs = [job for several in levers.groups(args).values() for job in several]
+    assert [job.name for job in jobs if "--throughout" in job.command] == [levers.FREED]
+    named = {job.name for job in jobs}
     assert named | {"rows in multiples"} == {levers.WHOLE, *WITHOUT, *ANSWERING_WITHOUT}
 
 
