@@ -293,7 +293,8 @@ def test_a_levers_gain_is_that_of_pairs_or_to_the_whole() -> None:
     two = [answers(levers.WHOLE, 90, 99), answers("copied beginnings", 60, 90)]
     freed = {"name": levers.FREED, "tok_s": 8, "tok_s_cpu": 6, "peak_rss_gib": 2.5}
     whole = {"name": levers.WHOLE, "tok_s": 12, "tok_s_cpu": 15, "peak_rss_gib": 1.5}
-    rows = levers.table({"lora": steps, "answers": two, "full": [whole, pairs, freed]})
+    full = [whole, pairs, freed]
+    rows = levers.table({"lora": steps, "answers": two, "full": full, "lora-long": full[1:]})
     assert [cells(row)[1:] for row in rows[2:]] == [
         ["as it is", "", "", "1.50"],
         [f"without {levers.LAST}", "1.50", "1.25", "2.00"],
@@ -302,6 +303,8 @@ def test_a_levers_gain_is_that_of_pairs_or_to_the_whole() -> None:
         ["as it is", "", "", "1.50"],
         [f"without {levers.LAST}", "1.50", "1.25", "2.00"],
         [f"without {levers.FREED}", "1.50", "2.50", "2.50"],
+        [f"without {levers.LAST}", "1.50", "1.25", "2.00"],
+        [f"without {levers.FREED}", "", "", "2.50"],
     ]
     args = interleaved.options("", "").parse_args([])
     jobs = [job for several in levers.groups(args).values() for job in several]
